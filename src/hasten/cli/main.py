@@ -1,0 +1,67 @@
+"""``hasten``: the shell's front door.
+
+Commands live in their own files and import what they need when they run, so that ``hasten --help`` is quick. An error
+that hasten raises on purpose becomes one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+
+from hasten.errors import HastenError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="hasten",
+    help="Machine learning on a latency budget: measure, tune, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_bench = typer.Typer(help="Load a server and say what its users experience.", no_args_is_help=True)
+
+_COMMANDS = (
+    ("measure", "measure", "measure"),
+    ("tune", "tune", "tune"),
+    ("serve", "serve", "serve"),
+    ("study", "study", "study"),
+    ("demo", "demo", "demo"),
+    ("infill", "infill", "infill"),
+    ("train-lm", "train_lm", "train_lm"),
+)
+
+
+def _build() -> None:
+    for name, module, function in _COMMANDS:
+        app.command(name)(getattr(importlib.import_module(f"hasten.cli.{module}"), function))
+    _bench.command("serve")(importlib.import_module("hasten.cli.bench").bench_serve)
+    app.add_typer(_bench, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Machine learning on a latency budget: measure, tune, serve."""
+    if show:
+        from importlib.metadata import version as installed
+
+        print(installed("hasten"))
+        raise typer.Exit
+
+
+_build()
+
+
+def run() -> Any:
+    """Entry point of the ``hasten`` command."""
+    try:
+        return app()
+    except HastenError as error:
+        print(f"hasten: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe went away
+        sys.exit(0)

@@ -1,0 +1,119 @@
+"""The search over serving knobs for a real language model: costs are calibrated, candidates are run on the engine.
+
+Each precision's runtime is loaded and calibrated once; the simulator predicts every setting on its cost; the best are
+confirmed by replaying the same workload on the engine in this process, in real time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.budget import SLO
+from hasten.clock import Clock, MonotonicClock
+from hasten.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hasten.serve.workload import Workload
+    from hasten.tune.serving import ServingResult
+    from hasten.tune.space import Point
+
+__all__ = ["replay_in_engine", "search"]
+
+
+def replay_in_engine(
+    model: Any, point: Point, load: Workload, slo: SLO, *, blocks: int, clock: Clock | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Serve ``load`` on a fresh engine with the knobs of ``point``, in the workload's own time; the values measured."""
+    import numpy as np
+
+    from hasten.language.sampling import SamplingParams
+    from hasten.serve.engine import Engine
+    from hasten.serve.metrics import summarise
+    from hasten.serve.policy import make
+    from hasten.tune.serving import values_of
+
+    clock = clock or MonotonicClock()
+    knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
+    policy = make(point.get("policy", "stall-free"), **knobs)
+    engine = Engine(model, policy, num_blocks=blocks, clock=clock)
+    rng = np.random.default_rng(seed)
+    vocabulary = int(model.executor.vocab_size)
+    prompts = [rng.integers(0, vocabulary, spec.prompt_len).tolist() for spec in load]
+    began, origin, index = clock.now(), load[0].arrival, 0
+    while index < len(load) or engine.has_work:
+        while index < len(load) and load[index].arrival - origin <= clock.now() - began:
+            spec = load[index]
+            params = SamplingParams(temperature=0.0, max_tokens=spec.output_len, ignore_eos=True)
+            engine.add(prompts[index], params, arrival=began + spec.arrival - origin)
+            index += 1
+        if engine.has_work:
+            engine.step()
+        else:
+            clock.sleep(load[index].arrival - origin - (clock.now() - began))
+    return values_of(summarise(engine.records, slo))
+
+
+def search(
+    name: str,
+    slo: SLO,
+    *,
+    workload: str = "conversation",
+    rate: float = 2.0,
+    requests: int = 60,
+    precisions: Sequence[str] = ("bf16", "int8"),
+    confirm: int = 3,
+    storage: Path | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+    calibration_time: float = 8.0,
+    clock: Clock | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    model: Any = None,
+) -> ServingResult:
+    """Tune the server of the language model ``name`` for ``slo`` at ``rate`` requests per second.
+
+    ``model`` hands in a loaded one. The untuned setting is prefill-first in the first precision.
+    """
+    from hasten.language import load as load_model
+    from hasten.serve import workload as workloads
+    from hasten.serve.cost import IterationCost
+    from hasten.tune.serving import simulated, tune_serving
+    from hasten.tune.space import serving_space
+
+    if not precisions:
+        raise ConfigurationError("no precision is left to try; give for example --precisions bf16,int8")
+    clock = clock or MonotonicClock()
+    told: Callable[[str, float], None] = progress or (lambda stage, share: None)
+    base = model if model is not None else load_model(name, dtype=precisions[0])
+    context = int(base.config.max_position_embeddings)
+    if workload in ("conversation", "code"):
+        offered = workloads.sample(workload, rate=rate, requests=requests, seed=seed)  # type: ignore[arg-type]
+    else:
+        offered = workloads.load(workload).at_rate(rate, seed=seed).head(requests)
+    offered = offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4)
+    models = {p: base if i == 0 else base.with_precision(p) for i, p in enumerate(precisions)}
+    costs = {}
+    for index, (precision, one) in enumerate(models.items()):
+        told(f"calibrating {precision}", 0.3 * index / len(models))
+        costs[precision] = IterationCost.calibrate(one, clock, time_limit=calibration_time, progress=False)
+    blocks = max(2 * context // 16, min(4096, 2**29 // max(1, base.executor.bytes_per_token * 16)))
+    predict = simulated(costs, offered, slo, blocks=blocks)
+
+    def measure(point: Point) -> dict[str, float]:
+        return replay_in_engine(models[point["precision"]], point, offered, slo, blocks=blocks, clock=clock, seed=seed)
+
+    return tune_serving(
+        serving_space(precisions=precisions),
+        predict,
+        measure,
+        slo,
+        baseline={"policy": "prefill-first", "precision": precisions[0], "max_num_seqs": 64},
+        confirm=confirm,
+        storage=storage,
+        facts={"model": name, "rate": rate, "requests": requests, "workload": workload, "seed": seed},
+        time_limit=time_limit,
+        clock=clock,
+        progress=lambda stage, share: told(stage, 0.3 + 0.7 * share),
+    )

@@ -1,0 +1,115 @@
+"""``hasten tune``: make a model meet its budget, or a server its SLO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["tune"]
+
+
+def tune(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Embedded model or folder of a language model (with --slo), or module:factory (with --budget)."
+        ),
+    ] = "pycode-4m",
+    budget: Annotated[str | None, typer.Option("--budget", help='For a module: "p99<5ms, quality>99%".')] = None,
+    slo: Annotated[str | None, typer.Option("--slo", help='For a server: "ttft<200ms, tpot<50ms, p99".')] = None,
+    rate: Annotated[float, typer.Option("--rate", help="Requests per second that are offered.")] = 2.0,
+    requests: Annotated[int, typer.Option("--requests", help="Requests of the replayed workload.")] = 60,
+    workload: Annotated[
+        str, typer.Option("--workload", help="conversation, code, or the file of a trace.")
+    ] = "conversation",
+    precisions: Annotated[str, typer.Option("--precisions", help="Weight formats to try, by commas.")] = "bf16,int8",
+    confirm: Annotated[int, typer.Option("--confirm", help="Predicted settings that are run for real.")] = 3,
+    input_shape: Annotated[
+        list[str] | None, typer.Option("--input-shape", help="For a module: shape such as 1x3x224x224.")
+    ] = None,
+    input_dtype: Annotated[str, typer.Option("--input-dtype", help="float32, bfloat16, int64, …")] = "float32",
+    storage: Annotated[
+        Path | None, typer.Option("--storage", help="SQLite file; a killed search goes on from it.")
+    ] = None,
+    time_limit: Annotated[str, typer.Option("--time-limit", help="How long to search, such as 2min.")] = "2min",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the workload.")] = 0,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="For a module: write the best recipe as YAML.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write one HTML file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Search over recipes (--budget) or serving knobs (--slo); every number that counts is measured."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from hasten.budget import SLO, parse_quantity
+    from hasten.cli.measure import build, examples
+    from hasten.cli.progress import stages
+    from hasten.errors import ConfigurationError
+
+    console = Console(stderr=json)
+    limit = parse_quantity(time_limit, "time")
+    if (budget is None) == (slo is None):
+        raise ConfigurationError("say what to meet: --budget for a module, or --slo for a served language model")
+    result: Any
+    with stages(console) as told:
+        if budget is not None:
+            from hasten.tune.model import tune as tune_module
+
+            example = examples(input_shape, input_dtype, "cpu")
+            result = tune_module(build(model), [example], budget, storage=storage, time_limit=limit, progress=told)
+            page = None
+        else:
+            from hasten.cli.serving_search import search
+
+            result = search(
+                model,
+                SLO.parse(slo or ""),
+                workload=workload,
+                rate=rate,
+                requests=requests,
+                precisions=[p.strip() for p in precisions.split(",") if p.strip()],
+                confirm=confirm,
+                storage=storage,
+                time_limit=limit,
+                seed=seed,
+                progress=told,
+            )
+            from hasten.tune.report import of_serving
+
+            page = of_serving(result)
+    if recipe is not None and budget is not None:
+        result.recipe.save(recipe)
+        console.print(f"recipe: {recipe}")
+    if report is not None:
+        page.write(report) if page is not None else result.report(report)
+        console.print(f"report: {report}")
+    if json:
+        import json as encoder
+
+        print(encoder.dumps(result.to_json(), ensure_ascii=False, default=str))
+        return
+    _show(console, result)
+    console.print(f"[bold]{escape(result.verdict())}[/]")
+
+
+def _show(console: Any, result: Any) -> None:
+    from rich.table import Table
+
+    from hasten.budget import format_quantity
+
+    kinds = {"size": "bytes", "quality": "ratio", "attainment": "ratio"}
+    candidates = result.frontier.candidates
+    keys = list(dict.fromkeys(k for c in candidates for k in c.values))
+    table = Table("candidate", *keys, "budget")
+    for c in candidates:
+        cells = [
+            format_quantity(c.values[k], "time" if "@p" in k else kinds.get(k, "rate")) if k in c.values else "–"
+            for k in keys
+        ]
+        state = "inside" if c.feasible else "; ".join(c.violations)
+        table.add_row(c.name, *cells, state if c.measured else f"not measured: {state}")
+    console.print(table)

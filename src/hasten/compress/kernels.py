@@ -1,0 +1,350 @@
+"""Linear layers through torch's own CPU kernels, and a measured table of which one is fastest.
+
+No kernel wins everywhere: a packed bf16 weight is best for one shape and batch, int8 with int8 activations for another,
+and a 4-bit weight may lose outright at 16 tokens. So the choice is measured, per (out, in) and number of tokens,
+with all candidates interleaved in one run; the table is filed under the machine's fingerprint.
+
+Each kernel states the relative error of its result against float32 for normally distributed weights and inputs,
+``‖y - x Wᵀ‖ / ‖x Wᵀ‖``; the tests hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hasten.clock import Clock, MonotonicClock
+from hasten.errors import ConfigurationError, DataError
+from hasten.measure.files import cache_folder, write_text
+from hasten.measure.latency import Protocol, compare
+from hasten.measure.machine import Machine
+
+__all__ = ["GROUP_SIZES", "LinearKernel", "Packed", "available", "fastest", "kernel", "measure_kernels"]
+
+GROUP_SIZES = (32, 64, 128, 256)
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as one kernel wants it. Immutable: copies share the tensors."""
+
+    tensors: tuple[Tensor, ...]
+    """the kernel's own layout"""
+    shape: tuple[int, int]
+    """(out, in) of the weight"""
+    group: int = 0
+    """inputs that share a scale; 0 where a whole row does"""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """One way to compute ``x Wᵀ``.
+
+    >>> k = kernel("int8-dynamic")
+    >>> weight, x = torch.randn(32, 64), torch.randn(3, 64)
+    >>> packed = k.pack(weight)
+    >>> k.run(x, packed).shape, packed.bytes
+    (torch.Size([3, 32]), 2176)
+    """
+
+    name: str
+    """unique: ``bf16-packed``, ``int8-dynamic``, …"""
+    precision: str
+    """format of the stored weight: fp32, bf16, int8 or int4"""
+    pack: Callable[[Tensor], Packed]
+    """weight (out, in) in any float format -> packed; done once"""
+    run: Callable[[Tensor, Packed], Tensor]
+    """x (tokens, in), packed -> (tokens, out) in the format of x"""
+    unpack: Callable[[Packed], Tensor]
+    """packed -> the weight that is really used, (out, in) float32"""
+    error: float
+    """bound of the relative error against float32, see the module"""
+    supports: Callable[[int, int], bool]
+    """(out, in) -> whether the kernel takes such a weight"""
+
+    def __repr__(self) -> str:
+        return f"LinearKernel({self.name!r})"
+
+
+def _quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit per output row: (out, in) -> int8 (out, in), float32 scales (out,)."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
+
+
+def _quantise_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Affine 4-bit per group of inputs: codes int32 (out, in) in 0 … 15, scale and offset (in / group, out).
+
+    A code q stands for ``(q - 8) * scale + offset``. Scale and offset are rounded to bf16 first, since that is what the
+    kernel reads; the codes then make up for their rounding.
+    """
+    weight = weight.detach().float()
+    out, inner = weight.shape
+    groups = weight.view(out, inner // group, group)
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    scale = ((high - low) / 15).clamp(min=1e-12).bfloat16().float()
+    offset = (low + 8 * scale).bfloat16().float()
+    codes = torch.round((groups - offset[..., None]) / scale[..., None]) + 8
+    return codes.clamp(0, 15).to(torch.int32).view(out, inner), scale.t().contiguous(), offset.t().contiguous()
+
+
+def _plain(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "pack": lambda w: Packed((w.detach().to(dtype).contiguous(),), (w.shape[0], w.shape[1])),
+        "run": lambda x, p: functional.linear(x.to(dtype), p.tensors[0]).to(x.dtype),
+        "unpack": lambda p: p.tensors[0].float(),
+        "supports": lambda out, inner: True,
+    }
+
+
+def _pack_bf16(weight: Tensor) -> Packed:
+    plain = weight.detach().to(torch.bfloat16).contiguous()
+    return Packed((torch.ops.mkldnn._reorder_linear_weight(plain, 1),), (weight.shape[0], weight.shape[1]))
+
+
+def _run_bf16(x: Tensor, packed: Packed) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), packed.tensors[0], None, "none", [], "")
+    return result.to(x.dtype)
+
+
+def _pack_rows(weight: Tensor) -> Packed:
+    codes, scale = _quantise_rows(weight)
+    return Packed((codes, scale), (weight.shape[0], weight.shape[1]))
+
+
+def _run_rows_bf16(x: Tensor, packed: Packed) -> Tensor:
+    codes, scale = packed.tensors
+    result = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), codes, scale.to(torch.bfloat16))
+    return result.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _run_rows_dynamic(x: Tensor, packed: Packed) -> Tensor:
+    codes, scale = packed.tensors
+    wide = x.float()
+    step = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12).div_(127)
+    product = torch._int_mm(torch.round(wide / step).to(torch.int8), codes.t())
+    return (product.float().mul_(step).mul_(scale)).to(x.dtype)
+
+
+def _pack_groups(group: int) -> Callable[[Tensor], Packed]:
+    def pack(weight: Tensor) -> Packed:
+        codes, scale, offset = _quantise_groups(weight, group)
+        stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        both = torch.stack([scale, offset], dim=-1).to(torch.bfloat16).contiguous()
+        return Packed((stored, both), (weight.shape[0], weight.shape[1]), group)
+
+    return pack
+
+
+def _run_groups(x: Tensor, packed: Packed) -> Tensor:
+    stored, both = packed.tensors
+    result = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), stored, packed.group, both)
+    return result.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def _unpack_groups(packed: Packed) -> Tensor:
+    """Through the kernel itself, exactly: a row of the identity picks a column of the weight."""
+    columns = _run_groups(torch.eye(packed.shape[1], dtype=torch.bfloat16), packed)
+    return columns.float().t().contiguous()
+
+
+def _sixteens(out: int, inner: int) -> bool:
+    """The quantised kernels read whole vectors; other sizes are refused, since torch does not check them all."""
+    return out % 16 == 0 and inner % 32 == 0
+
+
+@lru_cache(maxsize=1)
+def available() -> list[LinearKernel]:
+    """The kernels that work on this machine: each has computed a small product within its error bound.
+
+    The first call takes a few milliseconds; the list is the same afterwards.
+    """
+    candidates = [
+        LinearKernel("fp32", "fp32", error=1e-5, **_plain(torch.float32)),
+        LinearKernel("bf16", "bf16", error=6e-3, **_plain(torch.bfloat16)),
+        LinearKernel(
+            "bf16-packed",
+            "bf16",
+            _pack_bf16,
+            _run_bf16,
+            lambda p: p.tensors[0].to_dense().float(),
+            6e-3,
+            lambda out, inner: True,
+        ),
+        LinearKernel(
+            "int8-weight",
+            "int8",
+            _pack_rows,
+            _run_rows_bf16,
+            lambda p: p.tensors[0].float() * p.tensors[1][:, None],
+            1.5e-2,
+            _sixteens,
+        ),
+        LinearKernel(
+            "int8-dynamic",
+            "int8",
+            _pack_rows,
+            _run_rows_dynamic,
+            lambda p: p.tensors[0].float() * p.tensors[1][:, None],
+            2e-2,
+            _sixteens,
+        ),
+        *(
+            LinearKernel(
+                f"int4-g{group}",
+                "int4",
+                _pack_groups(group),
+                _run_groups,
+                _unpack_groups,
+                0.13,
+                lambda out, inner, group=group: _sixteens(out, inner) and inner % group == 0,  # type: ignore[misc]
+            )
+            for group in GROUP_SIZES
+        ),
+    ]
+    return [k for k in candidates if _works(k)]
+
+
+def _works(candidate: LinearKernel) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 256, generator=generator), torch.randn(4, 256, generator=generator)
+    try:
+        got = candidate.run(x, candidate.pack(weight))
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    expected = x @ weight.t()
+    return bool((got - expected).norm() <= 2 * candidate.error * expected.norm())
+
+
+def kernel(name: str) -> LinearKernel:
+    """The kernel ``name``; raises :class:`~hasten.errors.ConfigurationError` where this machine lacks it."""
+    for candidate in available():
+        if candidate.name == name:
+            return candidate
+    raise ConfigurationError(f"no kernel {name!r} here; this machine has {', '.join(k.name for k in available())}")
+
+
+_TABLE: dict[str, dict[str, float]] = {}
+_LOADED_FROM: list[str] = []
+
+
+def _table_path() -> Path:
+    return cache_folder() / "kernels" / f"{Machine.detect().hash}-v{_VERSION}.json"
+
+
+def _load_table() -> Path:
+    """Read the cached table once per place; a broken file counts as empty."""
+    path = _table_path()
+    if [str(path)] != _LOADED_FROM:
+        _LOADED_FROM[:] = [str(path)]
+        _TABLE.clear()
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            for key, row in json.loads(path.read_text()).items():
+                _TABLE[str(key)] = {str(n): float(t) for n, t in row.items()}
+    return path
+
+
+def measure_kernels(
+    shape: tuple[int, int],
+    tokens: int,
+    names: Sequence[str],
+    *,
+    clock: Clock | None = None,
+    refresh: bool = False,
+    copies_bytes: int = 64 * 2**20,
+    protocol: Protocol | None = None,
+) -> dict[str, float]:
+    """Seconds per call (the best of several) of each kernel in ``names`` for weights (out, in) and ``tokens`` rows;
+    cached.
+
+    Kernels run interleaved, each over enough copies of the weight (``copies_bytes`` in all) that it comes from memory
+    as it does in a model, and not from a cache.
+    """
+    path = _load_table()
+    key = f"{shape[0]}x{shape[1]}x{tokens}"
+    row = _TABLE.setdefault(key, {})
+    wanted = [n for n in names if kernel(n).supports(*shape)]
+    if refresh or any(n not in row for n in wanted):
+        row.update(_measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol))
+        with contextlib.suppress(DataError):
+            write_text(path, json.dumps(_TABLE) + "\n")
+    return {n: row[n] for n in wanted}
+
+
+def _measure_row(
+    shape: tuple[int, int], tokens: int, names: Sequence[str], clock: Clock, size: int, protocol: Protocol | None
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=generator) * shape[1] ** -0.5
+    x = torch.randn(tokens, shape[1], generator=generator).to(torch.bfloat16)
+    calls: dict[str, Callable[[], object]] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        candidate = kernel(name)
+        first = candidate.pack(weight)
+        counts[name] = max(1, min(32, size // max(first.bytes, 1)))
+        packs = [first, *(candidate.pack(weight) for _ in range(counts[name] - 1))]
+        given = x.float() if candidate.precision == "fp32" else x
+        calls[name] = _sweep(candidate, given, packs)
+    rules = protocol or Protocol(warmup=1, warmup_time=0.0, min_samples=7, min_time=0.03, max_time=4.0)
+    with torch.inference_mode():
+        result = compare(calls, rules, clock=clock)
+    # The minimum: a neighbour on the machine only ever adds time, and the ranking is what is wanted.
+    return {n: s.summary.minimum / counts[n] for n, s in result.samples.items()}
+
+
+def _sweep(candidate: LinearKernel, x: Tensor, packs: Sequence[Packed]) -> Callable[[], object]:
+    def run() -> None:
+        for packed in packs:
+            candidate.run(x, packed)
+
+    return run
+
+
+def fastest(
+    shape: tuple[int, int],
+    tokens: int,
+    precisions: Iterable[str] = ("bf16", "int8", "int4"),
+    clock: Clock | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> str:
+    """Name of the fastest kernel for weights ``shape`` = (out, in) and ``tokens`` rows among ``precisions``.
+
+    Measured on first use (well under a second per shape), then read from the table. ``names`` narrows the candidates;
+    without it int4 is tried with groups of 32 only, which is the most accurate. Raises
+    :class:`~hasten.errors.ConfigurationError` when no kernel of these precisions takes the shape.
+    """
+    wanted = set(precisions)
+    pool = [k.name for k in available() if k.precision in wanted and k.supports(*shape)]
+    if names is None:
+        pool = [n for n in pool if not n.startswith("int4") or n == "int4-g32"]
+    else:
+        pool = [n for n in pool if n in names]
+    if not pool:
+        raise ConfigurationError(
+            f"no kernel in {', '.join(sorted(wanted))} takes a weight of {shape[0]} x {shape[1]}; allow bf16 or fp32"
+        )
+    if len(pool) == 1:
+        return pool[0]
+    times = measure_kernels(shape, tokens, pool, clock=clock)
+    return min(times, key=lambda n: times[n])

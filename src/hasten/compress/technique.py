@@ -1,0 +1,177 @@
+"""The contract of everything that makes a model smaller or faster.
+
+A technique is a frozen dataclass whose fields are its knobs; calling it gives a *new* module and never touches the
+one it was given. The new module carries a report: layer by layer what was done, what was skipped and why, bytes
+before and after. Techniques are named in a registry, so a recipe can be read back from YAML.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import nn
+
+from hasten.errors import ConfigurationError
+
+__all__ = ["LayerReport", "Technique", "TechniqueReport", "exportable", "from_dict", "register", "to_dict"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer."""
+
+    layer: str
+    """path in the model"""
+    action: str
+    """what was done, such as ``int8-dynamic``; ``kept`` where nothing was"""
+    reason: str = ""
+    """why it was kept, or why this choice"""
+    bytes_before: int = 0
+    """bytes of the layer's weights in the model given"""
+    bytes_after: int = 0
+    """bytes of its weights in the new model"""
+    speedup: float | None = None
+    """measured time before over after for this layer, where it was measured"""
+    error: float | None = None
+    """relative error of the layer's result, where it was measured"""
+
+    @property
+    def touched(self) -> bool:
+        """Whether the layer is another one now."""
+        return self.action != "kept"
+
+
+@dataclass(frozen=True)
+class TechniqueReport:
+    """What a technique did to a model."""
+
+    technique: str
+    """its registered name"""
+    layers: tuple[LayerReport, ...] = ()
+    """every layer that was considered"""
+    notes: tuple[str, ...] = ()
+    """plain sentences that a user should read"""
+    measured: dict[str, float] = field(default_factory=dict)
+    """qualities of the whole model, where calibration allowed it: ``sqnr`` in dB"""
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Names of the layers that changed."""
+        return tuple(x.layer for x in self.layers if x.touched)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Layers that were kept, with the reason."""
+        return {x.layer: x.reason for x in self.layers if not x.touched}
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the considered layers in the model given."""
+        return sum(x.bytes_before for x in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the considered layers now."""
+        return sum(x.bytes_after for x in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "technique": self.technique,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "layers": [asdict(x) for x in self.layers],
+            "notes": list(self.notes),
+            "measured": dict(self.measured),
+        }
+
+
+@runtime_checkable
+class Technique(Protocol):
+    """Model in, smaller model out.
+
+    ``__call__(model, calibration)`` returns a new module with an attribute ``report`` (:class:`TechniqueReport`);
+    ``calibration`` is example inputs, or None where the technique needs none. The input is never changed. The result
+    exports after :func:`exportable`.
+    """
+
+    name: ClassVar[str]
+    """what a recipe calls it"""
+
+    def __call__(self, model: nn.Module, calibration: Sequence[Any] | None = None) -> nn.Module:
+        """The new module, with its report."""
+        ...
+
+
+_TECHNIQUES: dict[str, type[Any]] = {}
+_T = TypeVar("_T", bound=type[Any])
+
+
+def register(cls: _T) -> _T:
+    """Class decorator: a recipe may name this technique."""
+    if cls.name in _TECHNIQUES and _TECHNIQUES[cls.name] is not cls:
+        raise ConfigurationError(f"two techniques are called {cls.name!r}; rename one")
+    _TECHNIQUES[cls.name] = cls
+    return cls
+
+
+def to_dict(technique: Technique) -> dict[str, Any]:
+    """The technique and its knobs as plain values; defaults are left out."""
+    knobs: dict[str, Any] = {}
+    for knob in fields(technique):  # type: ignore[arg-type]
+        value = getattr(technique, knob.name)
+        if value != knob.default:
+            knobs[knob.name] = list(value) if isinstance(value, tuple) else value
+    return {"technique": technique.name, **knobs}
+
+
+def from_dict(entry: dict[str, Any]) -> Technique:
+    """The inverse of :func:`to_dict`; raises :class:`~hasten.errors.ConfigurationError` for unknown names."""
+    if not isinstance(entry, dict) or "technique" not in entry:
+        raise ConfigurationError(f"{entry!r} names no technique; write technique: weight-precision and its knobs")
+    name = entry["technique"]
+    if name not in _TECHNIQUES:
+        raise ConfigurationError(f"there is no technique {name!r}; known are {', '.join(sorted(_TECHNIQUES))}")
+    cls = _TECHNIQUES[name]
+    known = {f.name for f in fields(cls)}
+    knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "technique"}
+    unknown = sorted(set(knobs) - known)
+    if unknown:
+        raise ConfigurationError(f"{name} has no knob {', '.join(unknown)}; its knobs are {', '.join(sorted(known))}")
+    technique: Technique = cls(**knobs)
+    return technique
+
+
+def exportable(model: nn.Module) -> nn.Module:
+    """A copy in which every layer that runs a packed kernel is a plain one with the same weights, for ``torch.export``.
+
+    Layers say how through a method ``plain() -> nn.Module``. The result agrees with ``model`` up to the rounding of the
+    kernel's activations.
+    """
+    clone = copy.deepcopy(model)
+    return _replace(clone, lambda m: m.plain() if callable(getattr(m, "plain", None)) else None)
+
+
+def _replace(model: nn.Module, substitute: Callable[[Any], nn.Module | None]) -> nn.Module:
+    new = substitute(model)
+    if new is not None:
+        return new
+    for name, child in model.named_children():
+        setattr(model, name, _replace(child, substitute))
+    return model
+
+
+def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Signal to quantisation noise in decibels, over all elements; infinite where both are equal.
+
+    >>> round(sqnr(torch.ones(10), torch.full((10,), 0.9)), 3)
+    20.0
+    """
+    noise = (reference.float() - other.float()).square().sum()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(reference.float().square().sum() / noise))

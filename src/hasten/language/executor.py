@@ -1,0 +1,370 @@
+"""The runtime: one forward over a ragged batch, against the paged cache.
+
+No prefill and no decode: the rows of all chunks go through each packed matrix together, so weights are read once per
+step for everybody; only attention looks at which row belongs to whom. Query, key and value share one matrix, gate and
+up another. The residual stream is float32, products run at the chosen precision. Between products one fused kernel
+does norm, rotation, cache writes or gating (:mod:`kernels_cpu`); other devices use the plain operations
+(:mod:`kernels_torch`). Long chunks attend through torch's flash kernel unless the mode is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hasten.errors import ConfigurationError
+from hasten.language.config import DecoderConfig
+from hasten.language.decoder import rotary_tables, route
+from hasten.language.linear import PackedLinear, best_precision, pack
+from hasten.language.ragged import RaggedBatch
+
+__all__ = ["Executor", "KVCache"]
+
+_LONG = 32
+"""Rows of a chunk from which torch's flash kernel beats the row-wise one."""
+
+Read = Callable[[str, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer: two of (layers, blocks, kv_heads, block_size, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the cache takes."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[1]
+
+
+@dataclass
+class _Dense:
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass
+class _Mixture:
+    router: PackedLinear
+    experts: list[_Dense]
+    shared: _Dense | None
+    shared_gate: PackedLinear | None
+
+
+@dataclass
+class _Layer:
+    input_norm: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: PackedLinear
+    post_norm: Tensor
+    feed_forward: _Dense | _Mixture
+    pre_ff_norm: Tensor | None
+    post_ff_norm: Tensor | None
+    window: int | None
+    local: bool
+
+
+@dataclass(frozen=True)
+class _Long:
+    """A chunk that goes through the flash kernel."""
+
+    rows: slice
+    table: Tensor
+    context: int
+    length: int
+
+
+class Executor:
+    """Runs a decoder. ``read(name, shape)`` hands out the weights, one at a time.
+
+    Contract: ``step`` writes keys and values of the batch's tokens into the cache blocks that the batch names and nothing
+    else; calls must not overlap. Blocks that two chunks share must not be written by either.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        read: Read,
+        *,
+        device: str = "cpu",
+        precision: str = "auto",
+        deterministic: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.precision = best_precision(device) if precision == "auto" else precision
+        self.deterministic = deterministic
+        self.vocab_size = config.vocab_size
+        self.max_context = config.max_position_embeddings
+        self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        self.bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+        if deterministic and self.device.type != "cpu":
+            raise ConfigurationError("deterministic mode is implemented on the CPU; use device='cpu'")
+        self._ops: ModuleType
+        if self.device.type == "cpu":
+            from hasten.language import kernels_cpu
+
+            self._ops = kernels_cpu
+        else:
+            from hasten.language import kernels_torch
+
+            self._ops = kernels_torch
+        self.weight_bytes = 0
+        self._load(read, progress)
+
+    def _load(self, read: Read, progress: Callable[[int, int], None] | None) -> None:
+        config = self.config
+        hidden = config.hidden_size
+        with torch.inference_mode():
+            self._embedding = read("model.embed_tokens.weight", (config.vocab_size, hidden)).to(self.device)
+            self._layers = []
+            for index in range(config.num_layers):
+                self._layers.append(self._read_layer(read, index))
+                if progress is not None:
+                    progress(index + 1, config.num_layers + 1)
+            self._last_norm = self._norm(read, "model.norm.weight")
+            head = self._embedding
+            if not config.tie_embeddings:
+                head = read("lm_head.weight", (config.vocab_size, hidden)).to(self.device)
+            # The output matrix decides between near-equal tokens: it stays at 16 bits where the layers go lower.
+            self._head = self._pack(head, "bf16" if self.precision in ("int8", "int4") else self.precision)
+            self._tables = tuple(t.contiguous() for t in rotary_tables(config, self.max_context, device=self.device))
+            self._local_tables = self._tables
+            if config.local_rope_theta is not None:
+                local = rotary_tables(config, self.max_context, local=True, device=self.device)
+                self._local_tables = tuple(t.contiguous() for t in local)
+        if progress is not None:
+            progress(config.num_layers + 1, config.num_layers + 1)
+
+    def _norm(self, read: Read, name: str, width: int | None = None) -> Tensor:
+        weight = read(name, (width or self.config.hidden_size,)).to(self.device).float()
+        return (weight + self.config.norm_offset).contiguous()
+
+    def _pack(self, weight: Tensor, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
+        packed = pack(
+            weight.to(self.device),
+            precision or self.precision,
+            bias=None if bias is None else bias.to(self.device),
+            deterministic=self.deterministic,
+        )
+        self.weight_bytes += packed.num_bytes
+        return packed
+
+    def _read_layer(self, read: Read, index: int) -> _Layer:
+        config = self.config
+        prefix, hidden, width = f"model.layers.{index}.", config.hidden_size, config.head_dim
+        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+        attention = prefix + "self_attn."
+        qkv = torch.cat([read(f"{attention}{n}_proj.weight", (h * width, hidden)) for n, h in heads.items()])
+        qkv_bias = out_bias = None
+        if config.attention_bias:
+            qkv_bias = torch.cat([read(f"{attention}{n}_proj.bias", (h * width,)) for n, h in heads.items()])
+        if config.attention_out_bias:
+            out_bias = read(f"{attention}o_proj.bias", (hidden,))
+        out = read(f"{attention}o_proj.weight", (hidden, config.num_heads * width))
+        sandwich = config.sandwich_norms
+        return _Layer(
+            input_norm=self._norm(read, prefix + "input_layernorm.weight"),
+            qkv=self._pack(qkv, bias=qkv_bias),
+            q_norm=self._norm(read, attention + "q_norm.weight", width) if config.qk_norm else None,
+            k_norm=self._norm(read, attention + "k_norm.weight", width) if config.qk_norm else None,
+            out=self._pack(out, bias=out_bias),
+            post_norm=self._norm(read, prefix + "post_attention_layernorm.weight"),
+            feed_forward=self._read_feed_forward(read, prefix + "mlp.", index),
+            pre_ff_norm=self._norm(read, prefix + "pre_feedforward_layernorm.weight") if sandwich else None,
+            post_ff_norm=self._norm(read, prefix + "post_feedforward_layernorm.weight") if sandwich else None,
+            window=config.window(index),
+            local=config.uses_local_rotary(index),
+        )
+
+    def _read_dense(self, read: Read, prefix: str, inner: int) -> _Dense:
+        hidden = self.config.hidden_size
+        gate_up = torch.cat([read(f"{prefix}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")])
+        return _Dense(self._pack(gate_up), self._pack(read(f"{prefix}down_proj.weight", (hidden, inner))))
+
+    def _read_feed_forward(self, read: Read, prefix: str, index: int) -> _Dense | _Mixture:
+        config = self.config
+        if not config.is_expert_layer(index):
+            return self._read_dense(read, prefix, config.intermediate_size)
+        # The router decides between experts: a small matrix, kept at the type of the activations.
+        plain = "fp32" if self.precision == "fp32" else "bf16"
+        shared = shared_gate = None
+        if config.shared_expert_size:
+            shared = self._read_dense(read, prefix + "shared_expert.", config.shared_expert_size)
+            shared_gate = self._pack(read(prefix + "shared_expert_gate.weight", (1, config.hidden_size)), plain)
+        return _Mixture(
+            router=self._pack(read(prefix + "gate.weight", (config.num_experts, config.hidden_size)), plain),
+            experts=[
+                self._read_dense(read, f"{prefix}experts.{number}.", config.moe_intermediate_size)
+                for number in range(config.num_experts)
+            ],
+            shared=shared,
+            shared_gate=shared_gate,
+        )
+
+    def new_cache(self, num_blocks: int, block_size: int = 16) -> KVCache:
+        """Zeroed cache blocks for this model. Raises :class:`ConfigurationError` where memory does not suffice."""
+        config = self.config
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        try:
+            keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        except RuntimeError as error:
+            size = num_blocks * block_size * self.bytes_per_token / 2**30
+            raise ConfigurationError(f"a KV cache of {size:.1f} GiB does not fit into memory; ask for less") from error
+        return KVCache(keys, values)
+
+    @torch.inference_mode()
+    def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
+        """Compute all tokens of ``batch``; returns the wanted rows' logits (rows, vocabulary), float32 on the CPU."""
+        config, ops, dtype = self.config, self._ops, self.dtype
+        device = self.device
+        if device.type != "cpu":
+            batch = _moved(batch, device)
+        residual = self._embedding[batch.tokens].float()
+        if config.embedding_scale != 1.0:
+            # Checkpoints were trained with this factor rounded to the type of the activations.
+            residual *= float(torch.tensor(config.embedding_scale, dtype=dtype))
+        short, long = self._split(batch)
+        h = ops.norm(residual, self._layers[0].input_norm, config.norm_eps, dtype)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            keys, values = cache.keys[index], cache.values[index]
+            cos, sin = self._local_tables if layer.local else self._tables
+            query = ops.place(
+                layer.qkv(h), batch, cos, sin, keys, values, config.num_heads, layer.q_norm, layer.k_norm, config.norm_eps
+            )
+            h = self._attend(query, batch, short, long, keys, values, layer.window)
+            if index == last:  # what follows concerns the wanted rows only
+                if batch.logit_rows.shape[0] == 0:
+                    return torch.empty(0, config.vocab_size)
+                h, residual = h[batch.logit_rows], residual[batch.logit_rows]
+            h = layer.out(h)
+            if layer.pre_ff_norm is not None and layer.post_ff_norm is not None:
+                h = ops.norm(h, layer.post_norm, config.norm_eps, dtype)
+                h = ops.add_norm(residual, h, layer.pre_ff_norm, config.norm_eps, dtype)
+                h = ops.norm(self._feed(layer.feed_forward, h), layer.post_ff_norm, config.norm_eps, dtype)
+            else:
+                h = ops.add_norm(residual, h, layer.post_norm, config.norm_eps, dtype)
+                h = self._feed(layer.feed_forward, h)
+            following = self._last_norm if index == last else self._layers[index + 1].input_norm
+            h = ops.add_norm(residual, h, following, config.norm_eps, dtype)
+        logits = self._head(h).float()
+        cap = config.logit_softcap
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).cpu()
+
+    def _feed(self, block: _Dense | _Mixture, x: Tensor) -> Tensor:
+        gelu = self.config.activation != "silu"
+        if isinstance(block, _Dense):
+            return block.down(self._ops.gate(block.gate_up(x), gelu))
+        weights, chosen = route(block.router(x), self.config.experts_per_token, self.config.norm_topk_prob)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for number in chosen.unique().tolist():
+            token, place = torch.where(chosen == number)
+            expert = self._feed(block.experts[number], x[token].contiguous())
+            out.index_add_(0, token, expert.float() * weights[token, place, None])
+        if block.shared is not None and block.shared_gate is not None:
+            out += torch.sigmoid(block.shared_gate(x).float()) * self._feed(block.shared, x).float()
+        return out.to(x.dtype)
+
+    def _split(self, batch: RaggedBatch) -> tuple[tuple[RaggedBatch, Tensor] | None, list[_Long]]:
+        """Chunks for the row-wise kernel, with their rows, and chunks for the flash kernel.
+
+        (None, []) means that the row-wise kernel takes the batch as it is.
+        """
+        if self.deterministic or self.config.attention_softcap is not None or self.device.type != "cpu":
+            return None, []
+        starts = batch.starts.tolist()
+        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        if max(lengths, default=0) < _LONG:
+            return None, []
+        contexts = batch.contexts.tolist()
+        long, keep = [], []
+        for chunk, length in enumerate(lengths):
+            if length < _LONG:
+                keep.append(chunk)
+                continue
+            rows = slice(starts[chunk], starts[chunk + 1])
+            long.append(_Long(rows, batch.block_tables[chunk].long(), contexts[chunk], length))
+        if not keep:
+            return None, long
+        rows = torch.cat([torch.arange(starts[c], starts[c + 1]) for c in keep])
+        short = RaggedBatch(
+            tokens=batch.tokens[rows],
+            positions=batch.positions[rows],
+            starts=torch.tensor([0, *torch.tensor([lengths[c] for c in keep]).cumsum(0).tolist()], dtype=torch.int32),
+            contexts=batch.contexts[keep],
+            block_tables=batch.block_tables[keep].contiguous(),
+            logit_rows=batch.logit_rows,
+        )
+        return (short, rows), long
+
+    def _attend(
+        self,
+        query: Tensor,
+        batch: RaggedBatch,
+        short: tuple[RaggedBatch, Tensor] | None,
+        long: list[_Long],
+        keys: Tensor,
+        values: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        config = self.config
+        scale, cap = config.attention_scale, config.attention_softcap
+        if not long:
+            out: Tensor = self._ops.attend(query, batch, keys, values, scale, window, cap)
+            return out
+        out = torch.empty(query.shape[0], config.num_heads * config.head_dim, dtype=query.dtype)
+        if short is not None:
+            part, rows = short
+            out[rows] = self._ops.attend(query[rows].contiguous(), part, keys, values, scale, window, cap)
+        for chunk in long:
+            out[chunk.rows] = _flash(query[chunk.rows], chunk, keys, values, scale, window)
+        return out
+
+
+def _flash(query: Tensor, chunk: _Long, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """query (length, heads, width) -> (length, heads * width), through torch's flash kernel on gathered pages."""
+    _, kv_heads, size, width = keys.shape
+    length, heads, _ = query.shape
+    total = chunk.context + length
+    table = chunk.table[: -(-total // size)]
+
+    def gathered(cache: Tensor) -> Tensor:
+        pages = cache[table].transpose(0, 1).reshape(1, kv_heads, -1, width)[:, :, :total]
+        return pages.repeat_interleave(heads // kv_heads, 1) if heads != kv_heads else pages
+
+    plain = chunk.context == 0 and (window is None or window >= total)
+    mask = None
+    if not plain:
+        from hasten.nn import causal_mask
+
+        mask = causal_mask(length, total, window)
+    q = query.transpose(0, 1)[None]
+    out = functional.scaled_dot_product_attention(
+        q, gathered(keys), gathered(values), attn_mask=mask, is_causal=plain, scale=scale
+    )
+    return out[0].transpose(0, 1).reshape(length, heads * width)
+
+
+def _moved(batch: RaggedBatch, device: torch.device) -> RaggedBatch:
+    moved: Any = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
+    return RaggedBatch(**moved)

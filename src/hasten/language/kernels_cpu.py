@@ -1,0 +1,337 @@
+"""The operations of a step on the CPU: fused numba kernels, bfloat16 or float32.
+
+Between two matrix products a layer does little arithmetic but, written in separate operations, many passes and many
+calls; each kernel here is one pass. A row's result depends on that row alone and is summed in a fixed order, whatever
+else is in the batch. :mod:`hasten.language.kernels_torch` holds the same operations in plain form, for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from hasten.language.bfloat import FAST, exp, load, store
+from hasten.language.ragged import RaggedBatch
+
+__all__ = ["add_norm", "attend", "gate", "norm", "place"]
+
+_PARALLEL_WORK = 1 << 18  # multiply-adds from which a second thread pays for its start
+
+
+def _array(x: Tensor) -> Any:
+    """The tensor's memory as a numpy array; bfloat16 as uint16."""
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+@njit(cache=True, fastmath=FAST)
+def _norm(residual: Any, x: Any, add: bool, weight: Any, eps: float, out: Any) -> None:
+    rows, width = out.shape
+    for row in range(rows):
+        total = np.float32(0.0)
+        line = residual[row]
+        if add:
+            more = x[row]
+            for i in range(width):
+                value = line[i] + load(more[i])
+                line[i] = value
+                total += value * value
+        else:
+            for i in range(width):
+                total += line[i] * line[i]
+        factor = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        target = out[row]
+        for i in range(width):
+            store(target, i, line[i] * factor * weight[i])
+
+
+@njit(cache=True, fastmath=FAST)
+def _norm_only(x: Any, weight: Any, eps: float, out: Any) -> None:
+    rows, width = out.shape
+    for row in range(rows):
+        line, target = x[row], out[row]
+        total = np.float32(0.0)
+        for i in range(width):
+            value = load(line[i])
+            total += value * value
+        factor = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        for i in range(width):
+            store(target, i, load(line[i]) * factor * weight[i])
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Root-mean-square norm: x (rows, width) -> (rows, width) in ``dtype``; weight (width,) float32."""
+    out = torch.empty(x.shape, dtype=dtype)
+    _norm_only(_array(x), weight.numpy(), eps, _array(out))
+    return out
+
+
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``residual += x`` in place (float32), then its norm in ``dtype``."""
+    out = torch.empty(residual.shape, dtype=dtype)
+    _norm(residual.numpy(), _array(x), True, weight.numpy(), eps, _array(out))
+    return out
+
+
+@njit(cache=True, fastmath=FAST)
+def _gate_rows(x: Any, gelu: bool, first: int, last: int, out: Any) -> None:
+    inner = out.shape[1]
+    for row in range(first, last):
+        line, target = x[row], out[row]
+        if gelu:  # x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3) is x (1 + tanh u) / 2
+            for i in range(inner):
+                value = load(line[i])
+                u = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)
+                store(target, i, value / (np.float32(1.0) + exp(-u)) * load(line[inner + i]))
+        else:
+            for i in range(inner):
+                value = load(line[i])
+                store(target, i, value / (np.float32(1.0) + exp(-value)) * load(line[inner + i]))
+
+
+@njit(cache=True, parallel=True, fastmath=FAST)
+def _gate_parallel(x: Any, gelu: bool, out: Any) -> None:
+    rows = out.shape[0]
+    parts = numba.get_num_threads()
+    for part in prange(parts):
+        _gate_rows(x, gelu, rows * part // parts, rows * (part + 1) // parts, out)
+
+
+def gate(x: Tensor, gelu: bool) -> Tensor:
+    """x (rows, 2 * inner) holding gate and up side by side -> act(gate) * up (rows, inner)."""
+    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype)
+    if out.numel() * 8 < _PARALLEL_WORK:
+        _gate_rows(_array(x), gelu, 0, out.shape[0], _array(out))
+    else:
+        _gate_parallel(_array(x), gelu, _array(out))
+    return out
+
+
+@njit(cache=True, fastmath=FAST)
+def _head_factor(line: Any, width: int, normed: bool, eps: float) -> Any:
+    if not normed:
+        return np.float32(1.0)
+    total = np.float32(0.0)
+    for i in range(width):
+        value = load(line[i])
+        total += value * value
+    return np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
+
+
+@njit(cache=True, fastmath=FAST)
+def _place(
+    qkv: Any,
+    positions: Any,
+    starts: Any,
+    tables: Any,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
+    heads: int,
+    normed: bool,
+    q_norm: Any,
+    k_norm: Any,
+    eps: float,
+    query: Any,
+) -> None:
+    _, kv_heads, size, width = keys.shape
+    pairs = cos.shape[1]
+    for chunk in range(len(starts) - 1):
+        for token in range(starts[chunk], starts[chunk + 1]):
+            position = positions[token]
+            c, s = cos[position], sin[position]
+            for head in range(heads + kv_heads):
+                line = qkv[token, head * width : (head + 1) * width]
+                factor = _head_factor(line, width, normed, eps)
+                weight = q_norm if head < heads else k_norm
+                if head < heads:
+                    target = query[token, head]
+                else:
+                    target = keys[tables[chunk, position // size], head - heads, position % size]
+                for i in range(pairs):
+                    a = load(line[i]) * factor * weight[i]
+                    b = load(line[pairs + i]) * factor * weight[pairs + i]
+                    store(target, i, a * c[i] - b * s[i])
+                    store(target, pairs + i, b * c[i] + a * s[i])
+                for i in range(2 * pairs, width):
+                    store(target, i, load(line[i]) * factor * weight[i])
+            for head in range(kv_heads):
+                at = (heads + kv_heads + head) * width
+                target = values[tables[chunk, position // size], head, position % size]
+                for i in range(width):
+                    store(target, i, load(qkv[token, at + i]))
+
+
+_ONES: dict[int, Any] = {}
+
+
+def place(
+    qkv: Tensor,
+    batch: RaggedBatch,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Norm and rotate queries and keys, write keys and values into the cache; returns the queries.
+
+    qkv (tokens, (heads + 2 kv_heads) * width); cos, sin (context, pairs) float32; keys and values of one layer
+    (blocks, kv_heads, block_size, width) -> (tokens, heads, width).
+    """
+    width = keys.shape[3]
+    ones = _ONES.get(width)
+    if ones is None:
+        ones = _ONES[width] = np.ones(width, np.float32)
+    query = torch.empty((qkv.shape[0], heads, width), dtype=qkv.dtype)
+    _place(
+        _array(qkv),
+        batch.positions.numpy(),
+        batch.starts.numpy(),
+        batch.block_tables.numpy(),
+        cos.numpy(),
+        sin.numpy(),
+        _array(keys),
+        _array(values),
+        heads,
+        q_norm is not None,
+        ones if q_norm is None else q_norm.numpy(),
+        ones if k_norm is None else k_norm.numpy(),
+        eps,
+        _array(query),
+    )
+    return query
+
+
+@njit(cache=True, fastmath=FAST)
+def _attend_one(
+    query: Any, table: Any, position: int, head: int, group: int, keys: Any, values: Any, scale: float, window: int,
+    softcap: float, out: Any, q: Any, acc: Any, scores: Any, best: Any, total: Any,
+) -> None:  # fmt: skip
+    """The ``group`` query heads of one token that share key head ``head``; block by block, online softmax."""
+    size, width = keys.shape[2], keys.shape[3]
+    first = 0 if window <= 0 else max(0, position - window + 1)
+    for h in range(group):
+        best[h] = np.float32(-1e30)
+        total[h] = np.float32(0.0)
+        line, source, sums = q[h], query[head * group + h], acc[h]
+        for i in range(width):
+            line[i] = load(source[i]) * np.float32(scale)
+            sums[i] = np.float32(0.0)
+    for number in range(first // size, position // size + 1):
+        block = table[number]
+        low = max(0, first - number * size)
+        high = min(size, position + 1 - number * size)
+        page, content = keys[block, head], values[block, head]
+        for h in range(group):
+            line, sums = q[h], acc[h]
+            for j in range(low, high):
+                key = page[j]
+                score = np.float32(0.0)
+                for i in range(width):
+                    score += line[i] * load(key[i])
+                scores[j] = score
+            if softcap > 0:
+                for j in range(low, high):
+                    squashed = np.float32(2.0) / (np.float32(1.0) + exp(np.float32(-2.0 / softcap) * scores[j]))
+                    scores[j] = np.float32(softcap) * (squashed - np.float32(1.0))
+            top = best[h]
+            for j in range(low, high):
+                top = max(top, scores[j])
+            fade = exp(best[h] - top)
+            best[h] = top
+            share = np.float32(0.0)
+            for j in range(low, high):
+                scores[j] = exp(scores[j] - top)
+                share += scores[j]
+            total[h] = total[h] * fade + share
+            if fade != np.float32(1.0):
+                for i in range(width):
+                    sums[i] *= fade
+            for j in range(low, high):
+                weight, value = scores[j], content[j]
+                for i in range(width):
+                    sums[i] += weight * load(value[i])
+    for h in range(group):
+        inverse = np.float32(1.0) / total[h]
+        at, sums = (head * group + h) * width, acc[h]
+        for i in range(width):
+            store(out, at + i, sums[i] * inverse)
+
+
+@njit(cache=True, fastmath=FAST)
+def _attend_items(
+    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
+    softcap: float, out: Any, first: int, last: int,
+) -> None:  # fmt: skip
+    kv_heads, size, width = keys.shape[1], keys.shape[2], keys.shape[3]
+    group = query.shape[1] // kv_heads
+    q = np.empty((group, width), np.float32)
+    acc = np.empty((group, width), np.float32)
+    scores = np.empty(size, np.float32)
+    best = np.empty(group, np.float32)
+    total = np.empty(group, np.float32)
+    for item in range(first, last):
+        token, head = item // kv_heads, item % kv_heads
+        _attend_one(query[token], tables[chunk_of[token]], positions[token], head, group, keys, values, scale, window,
+                    softcap, out[token], q, acc, scores, best, total)  # fmt: skip
+
+
+@njit(cache=True, parallel=True, fastmath=FAST)
+def _attend_parallel(
+    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
+    softcap: float, out: Any, cuts: Any,
+) -> None:  # fmt: skip
+    for part in prange(len(cuts) - 1):
+        _attend_items(query, chunk_of, positions, tables, keys, values, scale, window, softcap, out, cuts[part],
+                      cuts[part + 1])  # fmt: skip
+
+
+def attend(
+    query: Tensor,
+    batch: RaggedBatch,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Each token attends to its sequence in the cache, itself included.
+
+    query (tokens, heads, width); keys and values (blocks, kv_heads, block_size, width) -> (tokens, heads * width).
+    Work is cut into one part per thread of equal numbers of keys, so that one long sequence does not hold up the rest.
+    """
+    tokens, heads, width = query.shape
+    kv_heads = keys.shape[1]
+    out = torch.empty((tokens, heads * width), dtype=query.dtype)
+    starts, positions = batch.starts.numpy(), batch.positions.numpy()
+    chunk_of = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
+    arguments = (
+        _array(query),
+        chunk_of,
+        positions,
+        batch.block_tables.numpy(),
+        _array(keys),
+        _array(values),
+        scale,
+        0 if window is None else window,
+        0.0 if softcap is None else softcap,
+        _array(out),
+    )
+    work = int(positions.sum()) + tokens
+    if work * heads * width * 2 < _PARALLEL_WORK or tokens * kv_heads < 2:
+        _attend_items(*arguments, 0, tokens * kv_heads)
+        return out
+    threads = numba.get_num_threads()
+    cost = np.cumsum(np.repeat(positions + 1, kv_heads))
+    cuts = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
+    _attend_parallel(*arguments, np.concatenate(([0], cuts, [tokens * kv_heads])).astype(np.int64))
+    return out

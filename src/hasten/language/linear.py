@@ -1,0 +1,105 @@
+"""Packed matrices: weights laid out once for the kernel that will multiply them.
+
+A weight (out, in) is read once per step whatever the number of rows, so up to some tens of rows a product costs the bytes
+of its weight. oneDNN reads a packed bfloat16 weight at the machine's bandwidth from four rows on but not for fewer
+(measured on AVX-512 with bf16 instructions: 27 GB/s for one row, 37 for four, of 34 to 37), so fewer rows are padded to four.
+In deterministic mode products always have sixteen rows, so that a row's bits do not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hasten.errors import ConfigurationError
+
+__all__ = ["PRECISIONS", "PackedLinear", "best_precision", "pack"]
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+"""Precisions of the weights in the runtime."""
+
+_FEWEST = 4
+_TILE = 16
+
+
+class PackedLinear:
+    """``x @ weight.T + bias`` for x (rows, in) -> (rows, out), in the type of x."""
+
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], in_features: int, out_features: int, num_bytes: int, tile: int | None
+    ) -> None:
+        self._product = product
+        self.in_features = in_features
+        self.out_features = out_features
+        self.num_bytes = num_bytes
+        self._tile = tile
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if self._tile is not None:
+            return self._in_tiles(x, rows)
+        if rows < _FEWEST and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            padded = torch.empty((_FEWEST, x.shape[1]), dtype=x.dtype)
+            padded[:rows] = x
+            padded[rows:] = 0
+            return self._product(padded)[:rows]
+        return self._product(x)
+
+    def _in_tiles(self, x: Tensor, rows: int) -> Tensor:
+        assert self._tile is not None
+        missing = -rows % self._tile
+        if missing:
+            x = functional.pad(x, (0, 0, 0, missing))
+        parts = [self._product(part) for part in x.split(self._tile)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+
+
+def best_precision(device: str = "cpu") -> str:
+    """bf16 where the processor multiplies it in hardware, else fp32."""
+    if device.startswith("cuda"):
+        return "bf16"
+    from torch.backends import cpu
+
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and "AVX2" not in cpu.get_cpu_capability() else "fp32"
+
+
+def pack(
+    weight: Tensor, precision: str, *, bias: Tensor | None = None, deterministic: bool = False
+) -> PackedLinear:
+    """Lay out ``weight`` (out, in) at ``precision``; the caller's tensor is not kept.
+
+    Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
+    """
+    out_features, in_features = weight.shape
+    tile = _TILE if deterministic else None
+    if precision in ("fp32", "bf16"):
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        product = _plain(weight, bias) if weight.device.type != "cpu" else _onednn(weight, bias)
+        return PackedLinear(product, in_features, out_features, weight.numel() * weight.element_size(), tile)
+    if precision in ("int8", "int4"):
+        from hasten.compress.kernels import quantized_product
+
+        product, num_bytes = quantized_product(weight, precision, bias)
+        return PackedLinear(product, in_features, out_features, num_bytes, tile)
+    raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: functional.linear(x, weight, bias)
+
+
+def _onednn(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if not torch.backends.mkldnn.is_available():
+        return _plain(weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TILE)
+    call = torch.ops.mkldnn._linear_pointwise.default
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = call(x, packed, bias, "none", [], "")
+        return out
+
+    return product

@@ -1,0 +1,183 @@
+"""From a folder or a name to a language model that runs.
+
+The fast runtime (:class:`Executor`) packs the weights tensor by tensor while they are read; the plain
+:class:`Decoder` is built only when it is asked for, so that serving holds the weights once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hasten.errors import ConfigurationError, ModelLoadError
+from hasten.language.config import PRESETS, DecoderConfig
+from hasten.language.weights import WeightReader, read_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hasten.language.decoder import Decoder
+    from hasten.language.executor import Executor
+    from hasten.language.tokenizer import Tokenizer
+
+__all__ = ["EMBEDDED", "LanguageModel", "load", "model_folder", "random_model"]
+
+_MODELS = Path(__file__).parent / "models"
+EMBEDDED = ("pycode-4m", "pycode-draft-0.7m")
+"""Models that come with the package."""
+
+
+class LanguageModel:
+    """A decoder with its tokeniser, in the forms that the rest of the library works with."""
+
+    def __init__(
+        self,
+        name: str,
+        config: DecoderConfig,
+        *,
+        folder: Path | None = None,
+        decoder: Decoder | None = None,
+        device: str = "cpu",
+        precision: str = "auto",
+        deterministic: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.precision = precision
+        self.deterministic = deterministic
+        self._decoder = decoder
+        self._progress = progress
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokeniser of the folder. Raises :class:`ModelLoadError` where there is none."""
+        from hasten.language.tokenizer import Tokenizer
+
+        if self.folder is None:
+            raise ModelLoadError(f"{self.name} has random weights and no tokeniser; feed it token ids")
+        return Tokenizer.from_folder(self.folder)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The plain module, in the type in which the weights are stored; read on first use."""
+        if self._decoder is None:
+            self._decoder = self._read_decoder()
+        return self._decoder
+
+    def _read_decoder(self) -> Decoder:
+        from hasten.language.decoder import Decoder
+
+        assert self.folder is not None
+        with torch.device("meta"):
+            decoder = Decoder(self.config)
+        with WeightReader(self.folder, self.config) as reader:
+            state = {n: reader.read(n, tuple(t.shape)) for n, t in decoder.state_dict().items()}
+        decoder.load_state_dict(state, assign=True)
+        if self.config.tie_embeddings:
+            decoder.lm_head.weight = decoder.model.embed_tokens.weight
+        return decoder.to(self.device).eval()
+
+    @cached_property
+    def executor(self) -> Executor:
+        """The runtime that serves: packed weights, one ragged forward."""
+        from hasten.language.executor import Executor
+
+        options = {"device": self.device, "precision": self.precision, "deterministic": self.deterministic}
+        if self._decoder is not None:
+            state = self._decoder.state_dict()
+            return Executor(self.config, lambda name, shape: state[name].detach(), progress=self._progress, **options)
+        assert self.folder is not None
+        with WeightReader(self.folder, self.config) as reader:
+            return Executor(self.config, reader.read, progress=self._progress, **options)
+
+    def with_precision(self, precision: str) -> LanguageModel:
+        """The same model, to be run at another precision."""
+        return LanguageModel(
+            self.name,
+            self.config,
+            folder=self.folder,
+            decoder=self._decoder,
+            device=self.device,
+            precision=precision,
+            deterministic=self.deterministic,
+        )
+
+
+def model_folder(name: str | Path) -> Path:
+    """Folder of an embedded model by name, or the path itself. Raises :class:`ModelLoadError`."""
+    if str(name) in EMBEDDED:
+        return _MODELS / str(name)
+    path = Path(name)
+    if not path.exists():
+        raise ModelLoadError(f"{str(name)!r} is neither a folder nor one of the embedded models {', '.join(EMBEDDED)}")
+    return path
+
+
+def load(
+    name: str | Path = "pycode-4m",
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    deterministic: bool = False,
+    context: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Load a Hugging Face folder or an embedded model.
+
+    ``dtype``: precision of the weights in the runtime (auto, fp32, bf16, int8, int4). ``deterministic``: the tokens of a
+    prompt do not depend on what else is in the batch. ``context``: tokens that a sequence may have, at most the model's
+    own (a model with LongRoPE uses its short factors throughout where the context is within the original one, its long
+    factors throughout where it is beyond). ``progress(done, total)`` is called as layers are packed.
+
+    >>> load("pycode-4m").config.num_layers
+    8
+
+    Raises :class:`ModelLoadError`, :class:`UnsupportedModelError`, :class:`ConfigurationError`.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {device!r} was asked for, torch sees no CUDA device; use device='cpu'")
+    if str(name) in PRESETS and str(name).startswith("random-"):
+        return random_model(PRESETS[str(name)], name=str(name), device=device, dtype=dtype, deterministic=deterministic)
+    folder = model_folder(name)
+    config = read_config(folder)
+    if context is not None:
+        if not 1 <= context <= config.max_position_embeddings:
+            raise ConfigurationError(
+                f"a context of {context} tokens was asked for, {folder.name} has {config.max_position_embeddings}"
+            )
+        config = replace(config, max_position_embeddings=context)
+    return LanguageModel(
+        str(name) if str(name) in EMBEDDED else folder.name,
+        config,
+        folder=folder,
+        device=device,
+        precision=dtype,
+        deterministic=deterministic,
+        progress=progress,
+    )
+
+
+def random_model(
+    config: DecoderConfig,
+    *,
+    name: str = "random",
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "auto",
+    deterministic: bool = False,
+    weights: torch.dtype = torch.bfloat16,
+) -> LanguageModel:
+    """A model of this shape with random weights: right for timing, useless for text."""
+    from hasten.language.decoder import Decoder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(config).to(weights).to(device).eval()
+    return LanguageModel(name, config, decoder=decoder, device=device, precision=dtype, deterministic=deterministic)

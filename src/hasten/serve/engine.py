@@ -1,0 +1,729 @@
+"""The engine: runs what a policy decides on a real model.
+
+One step: observe, decide, preempt, give blocks, one ragged forward, sample, hand out. There are no phases: every
+sequence has known tokens and computed tokens, and the chunk that lets the second reach the first yields a new token.
+Invariant: after every step the block pool is whole and holds only blocks of running sequences.
+
+A request's life: ``add`` puts it into ``waiting``; the policy admits it by giving it a chunk, and it takes the blocks of
+any prefix that the cache knows; chunks follow until prompt and answer are computed; it ends by a stop token, its length,
+``cancel`` or an error, and its blocks are free at once.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hasten.budget import SLO
+from hasten.clock import Clock, MonotonicClock
+from hasten.errors import (
+    ConfigurationError,
+    ContextLengthError,
+    EngineError,
+    InvalidRequestError,
+    ModelLoadError,
+    OutOfBlocksError,
+)
+from hasten.language.cache import BlockPool
+from hasten.language.ragged import RaggedBatch
+from hasten.language.sampling import Sampled, Sampler, SamplingParams, SamplingState, top_logprobs
+from hasten.serve.batch import Chunk, Observation, blocks_for
+from hasten.serve.layout import BatchLayout
+from hasten.serve.metrics import RequestRecord
+from hasten.serve.output import AnswerText, Completion, Output, Timing
+from hasten.serve.policy.base import Policy
+from hasten.serve.request import FinishReason, Status
+from hasten.serve.request import Sequence as Request
+from hasten.serve.stats import EngineStats
+
+__all__ = ["Engine"]
+
+_DEFAULT_CACHE = 1 << 30
+"""bytes of the cache where nobody chose its size, at most"""
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer, or None: a model without one is served by token ids."""
+    try:
+        return getattr(model, "tokenizer", None)
+    except ModelLoadError:
+        return None
+
+
+class _Track:
+    """Everything the engine keeps of one sequence; the policy sees ``request`` only."""
+
+    __slots__ = (
+        "cached",
+        "followers",
+        "highest",
+        "names",
+        "prompt_logprobs",
+        "rank",
+        "recomputed",
+        "request",
+        "slot",
+        "state",
+        "tokens",
+        "version",
+    )
+
+    def __init__(self, request: Request, state: SamplingState, prompt: Sequence[int] | np.ndarray) -> None:
+        self.request = request
+        self.state = state
+        room = request.prompt_len + min(state.params.max_tokens, 64)
+        self.tokens = np.empty(room, dtype=np.int64)
+        self.tokens[: request.prompt_len] = prompt
+        self.slot = -1
+        self.rank: tuple[int, bool, float, int] = (request.priority, True, request.arrival, request.seq)
+        self.version = -1
+        self.names: list[bytes] | None = None
+        self.cached = 0
+        self.highest = 0
+        self.recomputed = 0
+        self.followers: list[_Track] | None = None
+        wanted = state.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[Any] | None = [None] if wanted else None
+
+    def append(self, token: int) -> None:
+        known = self.request.known
+        if known == self.tokens.shape[0]:
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        self.tokens[known] = token
+        self.request.known = known + 1
+
+    def timing(self) -> Timing:
+        request = self.request
+        times = request.token_times
+        return Timing(
+            arrival=request.arrival,
+            first_scheduled=request.first_scheduled,
+            first_token=times[0] if times else None,
+            last_token=times[-1] if times else None,
+            prompt_tokens=request.prompt_len,
+            output_tokens=len(times),
+            cached_tokens=self.cached,
+            preemptions=request.preemptions,
+        )
+
+
+class Engine:
+    """Serves sequences with one model in one thread.
+
+    >>> engine = Engine(model, policy=make("stall-free", token_budget=256))          # doctest: +SKIP
+    >>> seq = engine.add([1, 2, 3], SamplingParams(max_tokens=8, temperature=0.0))   # doctest: +SKIP
+    >>> while engine.has_work:                                                       # doctest: +SKIP
+    ...     for output in engine.step():
+    ...         print(output.seq, output.token, output.finish)
+
+    Not thread-safe: one loop calls ``add``, ``cancel`` and ``step`` in turn. An ``Output`` is the caller's to keep. An
+    exception out of the model's forward leaves the engine unusable; the sequences in it are lost.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: Policy | None = None,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        clock: Clock | None = None,
+        max_num_seqs: int = 128,
+        deterministic: bool = False,
+        *,
+        seed: int | None = None,
+        max_records: int = 100_000,
+        prefix_sharing: bool = True,
+    ) -> None:
+        """``model``: a language model, or an executor alone. ``policy``: by default stall-free with a budget of 512 tokens.
+
+        ``num_blocks``: by default as many as ``max_num_seqs`` full contexts need, within 1 GiB. ``deterministic`` insists
+        on an executor whose results do not depend on the rest of the batch. ``seed`` fixes what requests without a seed draw.
+        ``max_records``: how many finished requests ``records`` keeps.
+        """
+        self.model = model
+        self.executor = getattr(model, "executor", model)
+        self.tokenizer = _tokenizer_of(model)
+        self.clock: Clock = clock or MonotonicClock()
+        if policy is None:
+            from hasten.serve.policy.registry import make
+
+            policy = make("stall-free", token_budget=max(512, max_num_seqs), max_num_seqs=max_num_seqs)
+        self.policy = policy
+        self.block_size = block_size
+        self.max_context = int(self.executor.max_context)
+        self.vocab_size = int(self.executor.vocab_size)
+        most = blocks_for(self.max_context, block_size)
+        if num_blocks is None:
+            per_block = max(1, int(getattr(self.executor, "bytes_per_token", 1))) * block_size
+            num_blocks = max(most, min(most * max_num_seqs, _DEFAULT_CACHE // per_block))
+        if num_blocks < 1:
+            raise ConfigurationError(f"num_blocks is {num_blocks}; the cache needs at least one block")
+        if deterministic and not getattr(self.executor, "deterministic", False):
+            raise ConfigurationError("the executor is not deterministic; load the model with deterministic=True")
+        self.pool = BlockPool(num_blocks, block_size, prefix_sharing=prefix_sharing)
+        self.cache = self.executor.new_cache(num_blocks, block_size)
+        self.max_model_len = min(self.max_context, num_blocks * block_size)
+        """tokens of prompt and answer together that one sequence may have"""
+        config = getattr(model, "config", None)
+        eos = tuple(getattr(self.tokenizer, "eos_token_ids", ()) or getattr(config, "eos_token_ids", ()) or ())
+        self.eos_token_ids: tuple[int, ...] = eos
+        self.counters = EngineStats()
+        self.records: deque[RequestRecord] = deque(maxlen=max_records)
+        """finished requests, the newest last"""
+        self._sampler = Sampler(self.vocab_size)
+        self._layout = BatchLayout(min(most, num_blocks))
+        self._tracks: dict[int, _Track] = {}
+        self._waiting: list[_Track] = []
+        self._running: dict[int, Request] = {}
+        self._next = 0
+        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+        self._grammars: Any = None
+        self._held: list[Output] = []
+        self._idle_steps = 0
+        self._queue: list[Request] = []  # ``_waiting`` as the policy sees it; rebuilt when stale
+        self._queue_stale = False
+        self._version = 0  # changes when the cache learns a prefix
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        arrival: float | None = None,
+        priority: int = 0,
+        slo: SLO | None = None,
+        *,
+        follow: int | None = None,
+        grammar: Any = None,
+    ) -> int:
+        """Take a request; returns the number of its sequence.
+
+        ``arrival`` (seconds on the engine's clock) is now by default. ``follow`` names a sequence with the same prompt: the
+        new one waits until that has computed the prompt, and shares its blocks. ``grammar`` is what ``compile_grammar`` made
+        of ``params.grammar``, where that was done beforehand. Raises
+        :class:`~hasten.errors.InvalidRequestError` and :class:`~hasten.errors.ContextLengthError`; nothing changed then.
+        """
+        params = params or SamplingParams()
+        self.check(prompt_tokens, params)
+        if grammar is None:
+            grammar = self.compile_grammar(params)
+        seq = self._next
+        self._next += 1
+        seed = params.seed if params.seed is not None else self._seed + seq * 0x9E3779B97F4A7C15
+        state = SamplingState(params, seed, prompt_tokens, self.vocab_size, self.eos_token_ids, grammar)
+        request = Request(
+            seq=seq,
+            arrival=self.clock.now() if arrival is None else arrival,
+            prompt_len=len(prompt_tokens),
+            max_tokens=params.max_tokens,
+            priority=priority,
+            slo=slo,
+        )
+        track = _Track(request, state, prompt_tokens)
+        self._tracks[seq] = track
+        leader = self._tracks.get(follow) if follow is not None else None
+        if leader is not None and leader.request.generated == 0:
+            if leader.followers is None:
+                leader.followers = []
+            leader.followers.append(track)
+        else:
+            self._enqueue(track)
+        return seq
+
+    def check(self, prompt_tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raise what ``add`` would raise for this prompt."""
+        length = len(prompt_tokens)
+        if length == 0:
+            raise InvalidRequestError("the prompt has no tokens; it needs at least one", "prompt")
+        if length + max(1, params.max_tokens) > self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens and max_tokens is {params.max_tokens}; this model takes "
+                f"{self.max_model_len} tokens of both together: shorten the prompt or lower max_tokens",
+                "prompt" if length >= self.max_model_len else "max_tokens",
+            )
+        low, high = min(prompt_tokens), max(prompt_tokens)
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise InvalidRequestError(
+                f"the prompt holds the token {bad}; ids of this model are 0 to {self.vocab_size - 1}", "prompt"
+            )
+        params.check_vocabulary(self.vocab_size)
+
+    def compile_grammar(self, params: SamplingParams) -> Any:
+        """The state of ``params.grammar``, None without one; may run in another thread, one call at a time."""
+        if params.grammar is None:
+            return None
+        if self.tokenizer is None:
+            raise InvalidRequestError("a grammar needs a model with a tokenizer", "response_format")
+        if self._grammars is None:
+            from hasten.language.structured import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.tokenizer, self.vocab_size)
+        return self._grammars.start(params.grammar)
+
+    def cancel(self, seq: int, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a sequence now; its blocks are free when this returns. False if it has ended already.
+
+        ``reason`` is what the record says: ``STOP`` when the caller met a stop string.
+        """
+        track = self._tracks.get(seq)
+        if track is None:
+            return False
+        self._held = [o for o in self._held if o.seq != seq]
+        self._finish(track, reason)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._tracks or self._held)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not."""
+        return len(self._tracks) - len(self._running)
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """One iteration; what it brought, in the order of the batch. Empty when there was nothing to do."""
+        outputs, self._held = self._held, []
+        if not self._tracks:
+            return outputs
+        begin = self.clock.now()
+        plan = self.policy.decide(
+            Observation(
+                now=begin,
+                waiting=self._queue_now(),
+                running=list(self._running.values()),
+                free_blocks=self.pool.num_free,
+                total_blocks=self.pool.num_blocks,
+                block_size=self.block_size,
+            )
+        )
+        for seq in plan.preempt:
+            self._preempt(seq)
+        work = self._prepare(plan.chunks, begin) if plan.chunks else []
+        if not work:
+            self._note_idle(bool(plan.preempt), outputs)
+            return outputs
+        self._idle_steps = 0
+        batch, ready, probes = self._build(work)
+        logits = self.executor.step(batch, self.cache)
+        self._account(work, batch.num_tokens)
+        if probes:
+            self._read_prompt_logprobs(work, logits, probes)
+        if ready:
+            picked = logits if len(ready) == logits.shape[0] else logits[[row for _, row in ready]]
+            tracks = [track for track, _ in ready]
+            sampled = self._sampler.sample(picked, [track.state for track in tracks])
+            self._hand_out(tracks, sampled, outputs)
+        return outputs
+
+    def _queue_now(self) -> list[Request]:
+        """The waiting sequences in order; the first few know what the cache would give them now."""
+        waiting = self._waiting
+        if self._queue_stale:
+            self._queue = [track.request for track in waiting]
+            self._queue_stale = False
+        for track in waiting[:8]:
+            if track.version != self._version:
+                track.version = self._version
+                track.request.computed = self._match(track)
+        return self._queue
+
+    def _match(self, track: _Track) -> int:
+        if track.prompt_logprobs is not None:  # every prompt token must be computed to see its logits
+            return 0
+        if track.names is None:
+            track.names = self.pool.names(track.tokens[: track.request.known])
+        return self.pool.match_names(track.names)
+
+    def _enqueue(self, track: _Track) -> None:
+        track.version = -1
+        track.names = None
+        insort(self._waiting, track, key=lambda t: t.rank)
+        self._queue_stale = True
+
+    def _preempt(self, seq: int) -> None:
+        track = self._tracks[seq]
+        request = track.request
+        self.pool.free(seq)
+        self._layout.close(track.slot)
+        del self._running[seq]
+        request.computed = request.blocks = 0
+        request.status = Status.WAITING
+        request.preemptions += 1
+        self.counters.num_preemptions += 1
+        track.rank = (request.priority, False, request.arrival, seq)
+        self._enqueue(track)
+
+    def _prepare(self, chunks: Sequence[Chunk], now: float) -> list[tuple[_Track, int, int]]:
+        """Admit and give blocks; the work as (track, start, end).
+
+        Prefixes of all admitted sequences are taken before any block is given, so that no gift evicts a prefix that
+        the plan counted on.
+        """
+        work: list[tuple[_Track, int, int]] = []
+        tracks, size = self._tracks, self.block_size
+        for chunk in chunks:
+            track = tracks[chunk.seq]
+            request = track.request
+            start = chunk.start
+            if request.status is Status.WAITING:
+                start = self._admit(track, now)
+            work.append((track, start, min(start + chunk.length, request.known)))
+        short = False
+        for index, (track, _, end) in enumerate(work):
+            request = track.request
+            if end > request.blocks * size:
+                try:
+                    self._grow(track, end)
+                except OutOfBlocksError:  # a shared prefix took free blocks that the plan counted twice
+                    short = True
+                    work[index] = (track, 0, 0)
+        if short:
+            work = [item for item in work if item[2] > item[1]]
+        return work
+
+    def _admit(self, track: _Track, now: float) -> int:
+        request = track.request
+        tokens = () if track.prompt_logprobs is not None else track.tokens[: request.known]
+        found = self.pool.open(request.seq, tokens)
+        self._waiting.remove(track)
+        self._queue_stale = True
+        track.slot = self._layout.open()
+        request.status = Status.RUNNING
+        request.computed = found
+        table = self.pool.table(request.seq)
+        request.blocks = len(table)
+        if table:
+            self._layout.extend(track.slot, 0, table)
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            track.cached = track.highest = found
+        self._running[request.seq] = request
+        return found
+
+    def _grow(self, track: _Track, length: int) -> None:
+        request = track.request
+        held = request.blocks
+        self.pool.grow(request.seq, length)
+        table = self.pool.table(request.seq)
+        request.blocks = len(table)
+        self._layout.extend(track.slot, held, table[held:])
+
+    def _build(
+        self, work: list[tuple[_Track, int, int]]
+    ) -> tuple[RaggedBatch, list[tuple[_Track, int]], list[tuple[int, int, int]]]:
+        """The batch, the tracks that get a token with their logit rows, and (work, first row, rows) of prompt logprobs."""
+        size = self.block_size
+        width = blocks_for(max(end for _, _, end in work), size)
+        plain = all(end - start == 1 and end == t.request.known and t.prompt_logprobs is None for t, start, end in work)
+        if plain:
+            ids = [int(track.tokens[start]) for track, start, _ in work]
+            starts = [start for _, start, _ in work]
+            slots = [track.slot for track, _, _ in work]
+            ready = [(track, row) for row, (track, _, _) in enumerate(work)]
+            return self._layout.build_decode(ids, starts, slots, width), ready, []
+        rows: list[int] = []
+        ready = []
+        probes: list[tuple[int, int, int]] = []
+        at = 0
+        for index, (track, start, end) in enumerate(work):
+            last = at + end - start
+            done = end == track.request.known
+            logs = track.prompt_logprobs
+            if logs is not None and len(logs) <= track.request.prompt_len:
+                first = max(0, len(logs) - 1 - start)  # the logits at p belong to the token at p + 1
+                count = min(end, track.request.prompt_len - 1) - start - first
+                if count > 0:
+                    probes.append((index, len(rows), count))
+                    rows.extend(range(at + first, at + first + count))
+            if done:
+                ready.append((track, len(rows)))
+                rows.append(last - 1)
+            at = last
+        pieces = [track.tokens[start:end] for track, start, end in work]
+        contexts = [start for _, start, _ in work]
+        slots = [track.slot for track, _, _ in work]
+        return self._layout.build(pieces, contexts, slots, rows, width), ready, probes
+
+    def _account(self, work: list[tuple[_Track, int, int]], num_tokens: int) -> None:
+        pool = self.pool
+        for track, start, end in work:
+            request = track.request
+            request.computed = end
+            if start < track.highest:
+                again = min(end, track.highest) - start
+                track.recomputed += again
+                self.counters.recomputed_tokens += again
+            if end > track.highest:
+                track.highest = end
+            if pool.needs_commit(request.seq, end):
+                pool.commit(request.seq, track.tokens[:end])
+                self._version += 1
+        self.counters.iterations += 1
+        self.counters.iteration_tokens.add(num_tokens)
+
+    def _read_prompt_logprobs(
+        self, work: list[tuple[_Track, int, int]], logits: torch.Tensor, probes: list[tuple[int, int, int]]
+    ) -> None:
+        for index, row, count in probes:
+            track = work[index][0]
+            logs = track.prompt_logprobs
+            assert logs is not None
+            following = torch.from_numpy(track.tokens[len(logs) : len(logs) + count].copy())
+            wanted = [track.state.params.prompt_logprobs or 0] * count
+            logs.extend(top_logprobs(logits[row : row + count], following, wanted))
+
+    def _hand_out(self, tracks: list[_Track], sampled: Sampled, outputs: list[Output]) -> None:
+        now = self.clock.now()
+        stats = self.counters
+        gaps: list[float] = []
+        logprobs, finite = sampled.logprobs, sampled.finite
+        for index, (track, token) in enumerate(zip(tracks, sampled.tokens, strict=True)):
+            request, state = track.request, track.state
+            times = request.token_times
+            output = Output(request.seq, token)
+            if finite is not None and not finite[index]:
+                output.token = None
+                output.error = "the model gave no finite logits for this sequence; check the weights and the precision"
+                self._finish(track, FinishReason.ERROR, output)
+                outputs.append(output)
+                continue
+            if request.max_tokens == 0:
+                self._first_token(track, now, output)
+                output.token = None
+                self._finish(track, FinishReason.LENGTH, output)
+                outputs.append(output)
+                continue
+            if times:
+                gaps.append(now - times[-1])
+                times.append(now)
+            else:
+                times.append(now)
+                self._first_token(track, now, output)
+                output.timing = track.timing()
+            state.observe(token)
+            track.append(token)
+            if logprobs is not None:
+                output.logprobs = logprobs.get(index)
+            if token in state.stop_ids and state.generated >= state.params.min_tokens:
+                output.stop_token = token
+                self._finish(track, FinishReason.STOP, output)
+            elif state.generated >= request.max_tokens:
+                self._finish(track, FinishReason.LENGTH, output)
+            elif state.grammar is not None and state.grammar.done:
+                self._finish(track, FinishReason.STOP, output)
+            outputs.append(output)
+        stats.generation_tokens += len(gaps)
+        if gaps:
+            stats.itl.add_many(gaps)
+
+    def _first_token(self, track: _Track, now: float, output: Output) -> None:
+        request = track.request
+        output.prompt_logprobs = track.prompt_logprobs
+        self.counters.prompt_tokens += request.prompt_len
+        self.counters.generation_tokens += 1 if request.max_tokens else 0
+        self.counters.ttft.add(now - request.arrival)
+        if request.first_scheduled is not None:
+            self.counters.queue.add(request.first_scheduled - request.arrival)
+        self._release_followers(track)
+
+    def _release_followers(self, track: _Track) -> None:
+        followers, track.followers = track.followers, None
+        for follower in followers or ():
+            self._enqueue(follower)
+
+    def _finish(self, track: _Track, reason: FinishReason, output: Output | None = None) -> None:
+        request = track.request
+        seq = request.seq
+        if request.status is Status.RUNNING:
+            self.pool.free(seq)
+            self._layout.close(track.slot)
+            del self._running[seq]
+        elif track in self._waiting:
+            self._waiting.remove(track)
+            self._queue_stale = True
+        else:  # it waits behind the sequence it follows
+            for leader in self._tracks.values():
+                if leader.followers and track in leader.followers:
+                    leader.followers.remove(track)
+        del self._tracks[seq]
+        request.status = Status.FINISHED
+        request.blocks = 0
+        if track.followers:
+            heir, *rest = track.followers  # the next one computes the prompt for the others
+            track.followers = None
+            heir.followers = rest or None
+            self._enqueue(heir)
+        times = request.token_times
+        error = output.error if output is not None else None
+        self.records.append(
+            RequestRecord(
+                id=str(seq),
+                arrival=request.arrival,
+                first_scheduled=request.first_scheduled,
+                token_times=times,
+                prompt_tokens=request.prompt_len,
+                output_tokens=len(times),
+                preemptions=request.preemptions,
+                error=error,
+                finish_reason=reason.value,
+                recomputed_tokens=track.recomputed,
+            )
+        )
+        stats = self.counters
+        stats.finished[reason.value] += 1
+        if times:
+            stats.e2e.add(times[-1] - request.arrival)
+            stats.request_prompt_tokens.add(request.prompt_len)
+            stats.request_generation_tokens.add(len(times))
+            if len(times) > 1:
+                stats.tpot.add((times[-1] - times[0]) / (len(times) - 1))
+        if output is not None:
+            output.finish = reason
+            output.timing = track.timing()
+
+    def _note_idle(self, preempted: bool, outputs: list[Output]) -> None:
+        """A policy that never plans anything must not spin for ever."""
+        self._idle_steps += 1
+        if self._idle_steps > (64 if preempted else 8) and not outputs:
+            raise EngineError(
+                f"policy {self.policy.name!r} planned nothing {self._idle_steps} times with {self.num_running} running and "
+                f"{self.num_waiting} waiting sequences and {self.pool.num_free} free blocks; raise num_blocks or change the policy"
+            )
+
+    def reset(self) -> None:
+        """Forget counters, records and cached prefixes, as after a warm-up. Raises ``EngineError`` while sequences live."""
+        if self._tracks:
+            raise EngineError(f"{len(self._tracks)} sequences live; reset an engine that is idle")
+        self.counters = EngineStats()
+        self.records.clear()
+        self.pool.forget_prefixes()
+        self.pool.queries = self.pool.hits = 0
+
+    # ---- looking in -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges, counters and histograms as plain data, in vLLM's vocabulary (see ``serve.stats``)."""
+        snapshot = self.counters.snapshot()
+        snapshot["counters"]["prefix_cache_queries"] = self.pool.queries
+        snapshot["counters"]["prefix_cache_hits"] = self.pool.hits
+        snapshot["gauges"] = {
+            "num_requests_running": self.num_running,
+            "num_requests_waiting": self.num_waiting,
+            "kv_cache_usage_perc": self.pool.usage,
+            "kv_cache_blocks": self.pool.num_blocks,
+        }
+        return snapshot
+
+    def check_integrity(self) -> None:
+        """Raise :class:`~hasten.errors.CacheError` or ``EngineError`` unless books, tables and sequences agree."""
+        self.pool.check_integrity()
+        for seq, request in self._running.items():
+            track = self._tracks.get(seq)
+            if track is None or request.status is not Status.RUNNING:
+                raise EngineError(f"sequence {seq} runs and is {request.status.value}")
+            if len(self.pool.table(seq)) != request.blocks:
+                raise EngineError(f"sequence {seq} says {request.blocks} blocks, the pool {len(self.pool.table(seq))}")
+            if request.computed >= request.known or request.computed > request.blocks * self.block_size:
+                raise EngineError(f"sequence {seq} has {request.computed} of {request.known} tokens computed")
+        held = sum(len(t.followers or ()) for t in self._tracks.values())
+        if len(self._running) + len(self._waiting) + held != len(self._tracks):
+            raise EngineError(f"{len(self._tracks)} sequences, {len(self._running)} run, {len(self._waiting)} wait")
+        if not self._tracks and self.pool.num_free != self.pool.num_blocks:
+            raise EngineError(f"no sequence is left and {self.pool.num_blocks - self.pool.num_free} blocks are held")
+
+    # ---- whole answers --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answer all prompts (texts, or lists of tokens) and return the completions in their order.
+
+        Runs until nothing is left to do, so other requests that were added before finish too (their outputs are lost).
+        """
+        tokens = [self.tokenize(p) if isinstance(p, str) else list(p) for p in prompts]
+        choices = [params or SamplingParams()] * len(tokens) if not isinstance(params, Sequence) else list(params)
+        if len(choices) != len(tokens):
+            raise InvalidRequestError(
+                f"{len(tokens)} prompts and {len(choices)} params were given; give one per prompt"
+            )
+        for prompt, choice in zip(tokens, choices, strict=True):
+            self.check(prompt, choice)
+        live: dict[int, tuple[Completion, AnswerText | None]] = {}
+        out: list[Completion] = []
+        for prompt, choice in zip(tokens, choices, strict=True):
+            completion = Completion(prompt)
+            out.append(completion)
+            text = AnswerText(self.tokenizer, choice) if self.tokenizer is not None else None
+            live[self.add(prompt, choice)] = (completion, text)
+        while live:
+            for output in self.step():
+                if output.seq in live:
+                    self._take(output, live)
+        return out
+
+    def _take(self, output: Output, live: dict[int, tuple[Completion, AnswerText | None]]) -> None:
+        completion, text = live[output.seq]
+        new = [] if output.token is None else [output.token]
+        completion.tokens += new
+        if output.prompt_logprobs is not None:
+            completion.prompt_logprobs = output.prompt_logprobs
+        if output.logprobs is not None:
+            completion.logprobs.append(output.logprobs)
+        if text is not None:
+            completion.text += text.push(new, finish=output.finish, stop_token=output.stop_token)
+            if text.stopped is not None and output.finish is None:
+                self.cancel(output.seq, FinishReason.STOP)
+                output.finish = FinishReason.STOP
+        if output.finish is not None:
+            stopped = text is not None and text.stopped is not None
+            completion.finish_reason = "stop" if stopped else output.finish.value
+            completion.timing = output.timing
+            completion.error = output.error
+            del live[output.seq]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer's text piece by piece; leaving the loop early cancels the request."""
+        params = params or SamplingParams()
+        if self.tokenizer is None:
+            raise ConfigurationError("text needs a model with a tokenizer; use add and step")
+        seq = self.add(self.tokenize(prompt) if isinstance(prompt, str) else prompt, params)
+        text = AnswerText(self.tokenizer, params)
+        try:
+            while seq in self._tracks or self._held:
+                for output in self.step():
+                    if output.seq != seq:
+                        continue
+                    new = [] if output.token is None else [output.token]
+                    piece = text.push(new, finish=output.finish, stop_token=output.stop_token)
+                    if piece:
+                        yield piece
+                    if text.stopped is not None:
+                        self.cancel(seq, FinishReason.STOP)
+                        return
+        finally:
+            self.cancel(seq)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of ``text``; raises ``ConfigurationError`` if the model came without a tokenizer."""
+        if self.tokenizer is None:
+            raise ConfigurationError("text needs a model with a tokenizer; give token ids")
+        return list(self.tokenizer.encode(text))

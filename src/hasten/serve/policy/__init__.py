@@ -1,0 +1,23 @@
+"""Scheduling policies: what the next step computes."""
+
+from hasten.serve.policy.base import Policy
+from hasten.serve.policy.orca import Orca
+from hasten.serve.policy.prefill_first import PrefillFirst
+from hasten.serve.policy.registry import POLICIES, make
+from hasten.serve.policy.request_level import RequestLevel
+from hasten.serve.policy.sarathi import StallFree
+from hasten.serve.policy.splitfuse import SplitFuse
+from hasten.serve.policy.token_budget import DynamicChunk, TokenBudget
+
+__all__ = [
+    "POLICIES",
+    "DynamicChunk",
+    "Orca",
+    "Policy",
+    "PrefillFirst",
+    "RequestLevel",
+    "SplitFuse",
+    "StallFree",
+    "TokenBudget",
+    "make",
+]

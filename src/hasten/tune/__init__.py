@@ -1,0 +1,66 @@
+"""Tuning: the search over recipes and serving knobs under a hard budget.
+
+The package is callable: ``hasten.tune(model, data, budget)`` is :func:`hasten.tune.model.tune`.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.tune.frontier import Axis, Candidate, Frontier
+    from hasten.tune.model import TuneResult, tune
+    from hasten.tune.search import Outcome, Search
+    from hasten.tune.serving import ServingResult, simulated, tune_serving
+    from hasten.tune.space import Knob, Space, recipe_space, serving_space
+
+__all__ = [
+    "Axis",
+    "Candidate",
+    "Frontier",
+    "Knob",
+    "Outcome",
+    "Search",
+    "ServingResult",
+    "Space",
+    "TuneResult",
+    "recipe_space",
+    "serving_space",
+    "simulated",
+    "tune",
+    "tune_serving",
+]
+
+_HOMES = {
+    "Axis": "frontier",
+    "Candidate": "frontier",
+    "Frontier": "frontier",
+    "Knob": "space",
+    "Outcome": "search",
+    "Search": "search",
+    "ServingResult": "serving",
+    "Space": "space",
+    "TuneResult": "model",
+    "recipe_space": "space",
+    "serving_space": "space",
+    "simulated": "serving",
+    "tune": "model",
+    "tune_serving": "serving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hasten.tune.{_HOMES[name]}"), name)
+
+
+class _CallablePackage(types.ModuleType):
+    def __call__(self, *arguments: Any, **named: Any) -> "TuneResult":
+        from hasten.tune.model import tune
+
+        return tune(*arguments, **named)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

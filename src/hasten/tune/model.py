@@ -1,0 +1,306 @@
+"""``hasten.tune(model, data, budget)``: the recipe that meets the budget and loses least.
+
+Every candidate is built from a recipe and measured interleaved with the unchanged model in one run, so a speed-up is
+never the machine's mood. Memory and size are predicted from the formats before anything is built. The chosen one is
+measured once more from scratch before it is called best; if it does not hold, the next one is tried.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.budget import Budget
+from hasten.clock import Clock, MonotonicClock
+from hasten.compress import Plan, Recipe
+from hasten.errors import ConfigurationError
+from hasten.measure.counting import call
+from hasten.measure.latency import Comparison, Protocol, compare
+from hasten.measure.machine import Machine
+from hasten.measure.memory import model_bytes
+from hasten.measure.stats import summarise
+from hasten.tune.frontier import Axis, Candidate, Frontier
+from hasten.tune.search import Outcome, Search
+from hasten.tune.space import Point, Space, recipe_of, recipe_space
+
+__all__ = ["TuneResult", "fidelity", "tune"]
+
+_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
+
+
+def fidelity(model: nn.Module, other: nn.Module, data: Sequence[Any]) -> float:
+    """How much of the unchanged model's output is kept: ``1 - ‖y - y₀‖ / ‖y₀‖`` over all examples, at least 0.
+
+    The default quality where no labels are given.
+    """
+    error = norm = 0.0
+    with torch.inference_mode():
+        for example in data:
+            for a, b in zip(_floats(call(model, example)), _floats(call(other, example)), strict=True):
+                error += float((a.float() - b.float()).square().sum())
+                norm += float(a.float().square().sum())
+    return max(0.0, 1.0 - (error / norm) ** 0.5) if norm else 1.0
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What the search found."""
+
+    best: Candidate | None
+    """the best confirmed candidate inside the budget; None where nothing met it"""
+    frontier: Frontier
+    """everything that was considered"""
+    recipe: Recipe
+    """how to make the best model, with its plan; empty where the unchanged model is best or nothing met the budget"""
+    model: nn.Module
+    """the best model; the unchanged one where nothing met the budget"""
+    baseline: Candidate
+    """the unchanged model's own numbers"""
+    budget: Budget
+    """what was asked"""
+    study: Path | None
+    """the SQLite file, where one was kept"""
+    comparison: Comparison | None = None
+    """the confirming run of the best against the unchanged model"""
+
+    def verdict(self) -> str:
+        """One plain sentence."""
+        if self.best is None:
+            near = self.frontier.closest()
+            detail = f"; closest is {near.name}: {'; '.join(near.violations)}" if near is not None else ""
+            return f"no candidate meets {self.budget}{detail}"
+        if not self.recipe.techniques:
+            return f"the unchanged model is the best that meets {self.budget}; no technique helps here"
+        quality = f"{100 * self.best.values['quality']:.2f} % of the quality kept"
+        speed = self.comparison.verdict(self.best.name) if self.comparison is not None else ""
+        return f"{self.best.name} meets {self.budget} with {quality}; {speed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the recipe as YAML."""
+        return {
+            "verdict": self.verdict(),
+            "budget": str(self.budget),
+            "best": self.best.to_json() if self.best is not None else None,
+            "baseline": self.baseline.to_json(),
+            "recipe": self.recipe.to_yaml(),
+            "frontier": self.frontier.to_json(),
+            "comparison": self.comparison.to_json() if self.comparison is not None else None,
+            "machine": Machine.detect().to_json(),
+        }
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained HTML file."""
+        from hasten.tune.report import of_result
+
+        of_result(self).write(path)
+
+
+class _Bench:
+    """Builds candidates and measures each next to the unchanged model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[Any],
+        budget: Budget,
+        quality: Callable[[nn.Module], float] | None,
+        tokens: int,
+        protocol: Protocol,
+        clock: Clock,
+    ) -> None:
+        self.model, self.data, self.budget = model, data, budget
+        self.quality, self.tokens, self.protocol, self.clock = quality, tokens, protocol, clock
+        self.reference = quality(model) if quality is not None else 1.0
+        if quality is not None and not self.reference > 0:
+            raise ConfigurationError(
+                f"the unchanged model's quality is {self.reference}; give a positive one that is larger when better"
+            )
+        self.percentiles = sorted({50.0, 99.0} | {b.percentile for b in budget.bounds if b.percentile is not None})
+        self.size = model_bytes(model)
+
+    def build(self, point: Point) -> tuple[nn.Module, Plan]:
+        return recipe_of(point, self.model, self.tokens).apply(self.model)
+
+    def predict(self, point: Point) -> Mapping[str, float] | None:
+        """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
+        if point["format"] == "unchanged":
+            return {"size": float(self.size)}
+        bits, saved = _BITS[point["format"]], 0.0
+        skip = recipe_of(point, self.model).techniques[0].skip  # type: ignore[attr-defined]
+        for name, layer in self.model.named_modules():
+            if type(layer) is nn.Linear and name not in skip:
+                held = layer.weight.numel() * layer.weight.element_size()
+                saved += max(0.0, held - layer.weight.numel() * bits / 8)
+        return {"size": self.size - saved}
+
+    def measure(self, point: Point) -> Outcome:
+        new, plan = self.build(point)
+        comparison = self.compare(new, "candidate")
+        values = self.values(new, comparison, "candidate")
+        unchanged = self.values(self.model, comparison, "unchanged")
+        detail = {
+            "plan": plan.to_dict(),
+            "speedup": comparison.speedup("candidate").to_json(),
+            "unchanged": unchanged,
+            "notes": list(getattr(getattr(new, "report", None), "notes", ())),
+        }
+        return Outcome(values, detail)
+
+    def compare(self, new: nn.Module, name: str) -> Comparison:
+        example = self.data[0]
+
+        def runner(one: nn.Module) -> Callable[[], None]:
+            def run() -> None:
+                with torch.inference_mode():
+                    call(one, example)
+
+            return run
+
+        return compare({"unchanged": runner(self.model), name: runner(new)}, self.protocol, clock=self.clock)
+
+    def values(self, model: nn.Module, comparison: Comparison, name: str) -> dict[str, float]:
+        summary = summarise(comparison.samples[name].times, self.percentiles)
+        if self.quality is not None:
+            kept = self.quality(model) / self.reference
+        else:
+            kept = fidelity(self.model, model, self.data)
+        size = float(model_bytes(model))
+        return {
+            **{f"latency@p{q:g}": summary.at(q) for q in self.percentiles},
+            "quality": kept,
+            "size": size,
+            "throughput": 1 / summary.mean if summary.mean else float("inf"),
+        }
+
+
+def _judge(budget: Budget) -> Callable[[Mapping[str, float]], list[str]]:
+    return lambda values: budget.violations(values)
+
+
+def tune(
+    model: nn.Module,
+    data: Sequence[Any],
+    budget: Budget | str,
+    *,
+    quality: Callable[[nn.Module], float] | None = None,
+    space: Space | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    name: str = "tune",
+    time_limit: float | None = 120.0,
+    protocol: Protocol | None = None,
+    tokens: int | None = None,
+    clock: Clock | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> TuneResult:
+    """Find the recipe that makes ``model`` meet ``budget`` and loses least quality.
+
+    ``data``: examples (tensors, tuples of arguments or dicts); the first is timed, all judge the fidelity. ``quality``:
+    a function of a model that is larger when better; without it the fidelity of the output counts. ``storage``: an
+    SQLite file, so that a killed search goes on where it was. ``tokens``: rows that a linear layer sees at a time,
+    taken from the first example where it is not given. The model is set to eval mode while it is tuned and is otherwise
+    untouched. Energy and memory bounds are refused here, since they are not measured per candidate: bound ``size``.
+    """
+    if isinstance(budget, str):
+        budget = Budget.parse(budget)
+    if not data:
+        raise ConfigurationError("tuning needs at least one example; give data=[example]")
+    unknown = sorted({b.metric for b in budget.bounds} - {"latency", "quality", "size", "throughput"})
+    if unknown:
+        raise ConfigurationError(
+            f"tune does not measure {', '.join(unknown)} per candidate; bound latency, quality, size or throughput"
+        )
+    clock = clock or MonotonicClock()
+    rules = protocol or Protocol(min_samples=60, min_time=0.4, max_time=20.0)
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        bench = _Bench(model, data, budget, quality, tokens or _rows(data[0]), rules, clock)
+        chosen = space or recipe_space(model)
+        axes = (Axis(_latency_key(budget)), Axis("quality", maximise=True, kind="ratio"))
+        search = Search(
+            chosen,
+            bench.measure,
+            axes,
+            violations=_judge(budget),
+            predict=bench.predict,
+            margin=0.0,  # the prediction of the size is a lower bound
+            label=lambda point: recipe_of(point, model).label,
+            storage=Path(storage) if storage is not None else None,
+            name=name,
+            facts={"budget": str(budget), "model": _identity(model), "tokens": bench.tokens},
+            first=({"format": "unchanged"},),
+        )
+        candidates = search.run(time_limit=time_limit, clock=clock, progress=progress)
+        return _conclude(bench, candidates, axes, search.storage)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _conclude(
+    bench: _Bench, candidates: Sequence[Candidate], axes: tuple[Axis, ...], storage: Path | None
+) -> TuneResult:
+    """Confirm the best with a fresh run; what does not hold is marked and the next one is tried."""
+    pool = list(candidates)
+    baseline = next((c for c in pool if c.knobs["format"] == "unchanged"), None)
+    if baseline is None or not baseline.measured:
+        outcome = bench.measure({"format": "unchanged"})
+        broken = tuple(bench.budget.violations(outcome.values))
+        baseline = Candidate("unchanged", {"format": "unchanged"}, outcome.values, {}, broken)
+    while True:
+        frontier = Frontier(tuple(pool), axes)
+        best = frontier.best(bench.budget)
+        if best is None:
+            return TuneResult(None, frontier, Recipe(), bench.model, baseline, bench.budget, storage)
+        if best.knobs["format"] == "unchanged":
+            return TuneResult(best, frontier, Recipe(), bench.model, best, bench.budget, storage)
+        steps = tuple(best.detail.get("plan", {}).get("steps", ()))
+        recipe = replace(recipe_of(best.knobs, bench.model, bench.tokens), plan=Plan(steps))
+        new, _ = recipe.apply(bench.model)
+        comparison = bench.compare(new, best.name)
+        values = bench.values(new, comparison, best.name)
+        broken = tuple(bench.budget.violations(values))
+        confirmed = replace(best, values=values, violations=broken, detail={**best.detail, "confirmed": not broken})
+        pool[pool.index(best)] = confirmed
+        if not broken:
+            frontier = Frontier(tuple(pool), axes)
+            return TuneResult(confirmed, frontier, recipe, new, baseline, bench.budget, storage, comparison)
+
+
+def _latency_key(budget: Budget) -> str:
+    bound = next((b.percentile for b in budget.bounds if b.metric == "latency"), None)
+    return f"latency@p{bound if bound is not None else 50.0:g}"
+
+
+def _rows(example: Any) -> int:
+    """Rows that a linear layer sees: all but the last dimension of the first tensor."""
+    from torch.utils import _pytree as pytree
+
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    if not tensors:
+        return 1
+    first = tensors[0]
+    return max(1, first.numel() // first.shape[-1] if first.is_floating_point() and first.ndim else first.numel())
+
+
+def _identity(model: nn.Module) -> str:
+    """Digest of the weights, so that a study is never resumed for another model."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

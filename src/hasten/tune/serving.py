@@ -1,0 +1,205 @@
+"""Tuning a server: which knobs meet an SLO at an offered load.
+
+Thousands of settings can be predicted in the time that one can be run: the real policy runs on the fitted iteration
+cost in the simulator. So every point is predicted, the best few are confirmed on the real engine next to the untuned
+setting, and the verdict rests on the confirmed numbers alone. Prediction and measurement are handed in as callables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.budget import SLO
+from hasten.clock import Clock, MonotonicClock
+from hasten.errors import ConfigurationError
+from hasten.tune.frontier import Axis, Candidate, Frontier
+from hasten.tune.search import Outcome, Search
+from hasten.tune.space import Knob, Point, Space, key_of
+
+if TYPE_CHECKING:
+    from hasten.serve.cost import IterationCost
+    from hasten.serve.metrics import ServingMetrics
+    from hasten.serve.workload import Workload
+
+__all__ = ["ServingResult", "simulated", "tune_serving", "values_of"]
+
+AXES = (Axis("e2e@p99"), Axis("attainment", maximise=True, kind="ratio"))
+
+
+def values_of(metrics: ServingMetrics) -> dict[str, float]:
+    """The values that a search compares: goodput, attainment, throughput, and p99 of each latency in seconds."""
+    return {
+        "goodput": metrics.goodput,
+        "attainment": metrics.slo_attainment,
+        "output_throughput": metrics.output_throughput,
+        "ttft@p99": metrics.ttft.p99,
+        "tpot@p99": metrics.tpot.p99,
+        "itl@p99": metrics.itl.p99,
+        "e2e@p99": metrics.e2e.p99,
+    }
+
+
+def simulated(
+    costs: Mapping[str, IterationCost],
+    load: Workload,
+    slo: SLO,
+    *,
+    blocks: int,
+    block_size: int = 16,
+    overhead: float = 0.0,
+) -> Callable[[Point], dict[str, float]]:
+    """A prediction for points with the knobs policy, precision, token_budget and max_num_seqs.
+
+    ``costs``: precision -> its fitted cost. The same policy object that would run in the engine runs here.
+    """
+    from hasten.serve.policy import make
+    from hasten.serve.simulate import Simulator
+
+    def predict(point: Point) -> dict[str, float]:
+        precision = point.get("precision", next(iter(costs)))
+        if precision not in costs:
+            raise ConfigurationError(f"no cost was fitted for {precision!r}; known are {', '.join(costs)}")
+        knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
+        policy = make(point.get("policy", "stall-free"), **knobs)
+        simulator = Simulator(
+            costs[precision], policy, blocks=blocks, block_size=block_size, slo=slo, overhead=overhead
+        )
+        return values_of(simulator.run(load).metrics)
+
+    return predict
+
+
+@dataclass(frozen=True)
+class ServingResult:
+    """What the search found, judged on confirmed numbers."""
+
+    best: Candidate
+    """the confirmed setting with the most attainment; the untuned one where nothing beat it"""
+    baseline: Candidate
+    """the untuned setting, measured"""
+    predicted: tuple[Candidate, ...]
+    """every point with its prediction, best first"""
+    confirmed: tuple[Candidate, ...]
+    """what was measured, the baseline first"""
+    slo: SLO
+    """what was asked"""
+    target: float = 0.99
+    """attainment that counts as meeting the SLO"""
+
+    @property
+    def improved(self) -> bool:
+        """Whether the tuned setting really does better than the untuned one."""
+        return self.best.knobs != self.baseline.knobs
+
+    def verdict(self) -> str:
+        """One plain sentence."""
+        tuned, untuned = self.best.values, self.baseline.values
+        if not self.improved:
+            return f"tuning did not help: the untuned setting serves {untuned['attainment']:.1%} within {self.slo}"
+        met = "meets" if tuned["attainment"] >= self.target else "still misses"
+        return (
+            f"{self.best.name} {met} {self.slo}: {tuned['attainment']:.1%} of requests instead of "
+            f"{untuned['attainment']:.1%}, goodput {tuned['goodput']:.3g} instead of {untuned['goodput']:.3g} /s"
+        )
+
+    @property
+    def frontier(self) -> Frontier:
+        """Confirmed settings: end-to-end latency against attainment."""
+        return Frontier(self.confirmed, AXES)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "verdict": self.verdict(),
+            "slo": str(self.slo),
+            "best": self.best.to_json(),
+            "baseline": self.baseline.to_json(),
+            "confirmed": [c.to_json() for c in self.confirmed],
+            "predicted": [c.to_json() for c in self.predicted],
+        }
+
+
+def _score(values: Mapping[str, float]) -> tuple[float, float, float]:
+    """Less is better: attainment in steps of half a per cent, then goodput, then the tail."""
+    tail = values.get("e2e@p99", float("inf"))
+    attained = values.get("attainment", 0.0)
+    return (-round(attained * 200), -round(values.get("goodput", 0.0), 3), tail if tail == tail else float("inf"))
+
+
+def tune_serving(
+    space: Space,
+    predict: Callable[[Point], Mapping[str, float]],
+    measure: Callable[[Point], Mapping[str, float]],
+    slo: SLO,
+    *,
+    baseline: Point,
+    confirm: int = 3,
+    target: float = 0.99,
+    storage: Path | None = None,
+    name: str = "serving",
+    facts: Mapping[str, Any] | None = None,
+    time_limit: float | None = None,
+    clock: Clock | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> ServingResult:
+    """Predict every point of ``space``, confirm the best ``confirm`` of them next to ``baseline``.
+
+    ``predict`` and ``measure`` give values as :func:`values_of` names them; ``baseline`` is the untuned setting and
+    need not lie in the space. With ``storage`` a killed search goes on where it was. ``time_limit`` in seconds
+    bounds the confirmation; the baseline and one candidate are always measured.
+    """
+    if confirm < 1:
+        raise ConfigurationError(f"confirm is {confirm}; at least 1 candidate must be measured")
+    clock = clock or MonotonicClock()
+    told: Callable[[str, float], None] = progress or (lambda stage, share: None)
+    points = list(space.points())
+    predicted: list[Candidate] = []
+    for index, point in enumerate(points):
+        told(f"predicting {_name(point)}", 0.4 * index / len(points))
+        predicted.append(Candidate(_name(point), point, {}, dict(predict(point))))
+    predicted.sort(key=lambda c: _score(c.predicted))
+    chosen = [c.knobs for c in predicted if key_of(c.knobs) != key_of(baseline)][:confirm]
+    expectations = {key_of(c.knobs): c.predicted for c in predicted}
+    queue: list[Point] = [baseline, *chosen]
+    search = Search(
+        Space((Knob("setting", tuple(key_of(p) for p in queue)),)),
+        lambda choice: Outcome(dict(measure(_point(choice)))),
+        AXES,
+        label=lambda choice: _name(_point(choice)),
+        storage=storage,
+        name=name,
+        facts={"slo": str(slo), **(facts or {})},
+        first=tuple({"setting": key_of(p)} for p in queue),
+    )
+    done = search.run(
+        time_limit=time_limit, least=2, clock=clock, progress=lambda s, x: told(f"measuring {s}", 0.4 + 0.6 * x)
+    )
+    confirmed = [
+        replace(c, knobs=_point(c.knobs), predicted=expectations.get(str(c.knobs["setting"]), {}), violations=())
+        for c in done
+        if c.measured
+    ]
+    confirmed.sort(key=lambda c: key_of(c.knobs) != key_of(baseline))
+    if not confirmed or key_of(confirmed[0].knobs) != key_of(baseline):
+        raise ConfigurationError("the untuned setting could not be measured, so nothing can be compared with it")
+    missed = [
+        replace(c, violations=() if c.values["attainment"] >= target else (f"attains {c.values['attainment']:.1%}",))
+        for c in confirmed
+    ]
+    best = min(missed, key=lambda c: _score(c.values))
+    told("done", 1.0)
+    return ServingResult(best, missed[0], tuple(predicted), tuple(missed), slo, target)
+
+
+def _point(choice: Point) -> dict[str, Any]:
+    import json
+
+    point: dict[str, Any] = json.loads(choice["setting"])
+    return point
+
+
+def _name(point: Point) -> str:
+    return ", ".join(f"{v}" if k in ("policy", "precision") else f"{k} {v}" for k, v in point.items())

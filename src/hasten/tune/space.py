@@ -1,0 +1,140 @@
+"""What a search may choose: knobs with finite choices, and the conditions under which a knob matters.
+
+A point is a plain dict ``knob -> choice``. Knobs whose condition does not hold are left out of it, so two points are
+equal exactly when they would build the same candidate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hasten.compress import Recipe, WeightPrecision, available
+from hasten.errors import ConfigurationError
+
+__all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space"]
+
+Point = Mapping[str, Any]
+
+
+def key_of(point: Point) -> str:
+    """A text that is equal for equal points."""
+    return json.dumps(dict(point), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One choice."""
+
+    name: str
+    """unique in its space"""
+    choices: tuple[Any, ...]
+    """plain values: numbers, texts, booleans or None"""
+    when: Callable[[Point], bool] = lambda point: True
+    """whether the knob matters, given the knobs before it"""
+
+    def __post_init__(self) -> None:
+        if not self.choices or len(set(map(repr, self.choices))) != len(self.choices):
+            raise ConfigurationError(f"knob {self.name!r} needs distinct choices, got {self.choices!r}")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Knobs in order.
+
+    >>> space = Space((Knob("format", ("bf16", "int4")), Knob("group", (32, 64), lambda p: p["format"] == "int4")))
+    >>> list(space.points())
+    [{'format': 'bf16'}, {'format': 'int4', 'group': 32}, {'format': 'int4', 'group': 64}]
+    """
+
+    knobs: tuple[Knob, ...]
+    """a condition may look at earlier knobs only"""
+
+    def __post_init__(self) -> None:
+        if len({k.name for k in self.knobs}) != len(self.knobs):
+            raise ConfigurationError("two knobs of one space have the same name; rename one")
+
+    def build(self, choose: Callable[[str, Sequence[Any]], Any]) -> dict[str, Any]:
+        """A point, asking ``choose(name, choices)`` for each knob that matters."""
+        point: dict[str, Any] = {}
+        for knob in self.knobs:
+            if knob.when(point):
+                point[knob.name] = choose(knob.name, knob.choices)
+        return point
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every point once, in order."""
+        yield from self._extend({}, 0)
+
+    def _extend(self, point: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
+        if index == len(self.knobs):
+            yield dict(point)
+            return
+        knob = self.knobs[index]
+        if not knob.when(point):
+            yield from self._extend(point, index + 1)
+            return
+        for choice in knob.choices:
+            yield from self._extend({**point, knob.name: choice}, index + 1)
+
+    def size(self, most: int = 100_000) -> int:
+        """Number of points, counted up to ``most``."""
+        return sum(1 for _ in itertools.islice(self.points(), most))
+
+    def describe(self) -> dict[str, list[Any]]:
+        """Plain values that identify the space in a stored study."""
+        return {k.name: list(k.choices) for k in self.knobs}
+
+
+_KEEP = ("none", "first", "last", "first and last")
+
+
+def recipe_space(model: nn.Module) -> Space:
+    """Weight formats with a kernel on this machine, group sizes of int4, and which end layers keep their precision."""
+    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
+    groups = tuple(int(k.name.partition("-g")[2]) for k in available() if k.precision == "int4")
+    keep = _KEEP if len(linears) > 2 else _KEEP[:1]
+    knobs = [Knob("format", ("unchanged", *formats)) if linears else Knob("format", ("unchanged",))]
+    if groups:
+        knobs.append(Knob("group", groups, lambda p: p["format"] == "int4"))
+    knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
+    return Space(tuple(knobs))
+
+
+def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
+    """The recipe that a point of :func:`recipe_space` stands for; ``tokens`` is the rows a layer sees at a time."""
+    if point["format"] == "unchanged":
+        return Recipe()
+    linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    kept = {"none": (), "first": linears[:1], "last": linears[-1:], "first and last": (linears[0], linears[-1])}
+    skip = tuple(dict.fromkeys(kept[point.get("keep", "none")]))
+    technique = WeightPrecision(point["format"], group_size=point.get("group", 32), skip=skip, tokens=tokens)
+    return Recipe((technique,))
+
+
+def serving_space(
+    *,
+    token_budgets: Sequence[int] = (32, 64, 128, 256, 512),
+    precisions: Sequence[str] = ("bf16", "int8"),
+    max_num_seqs: Sequence[int] = (8, 16, 32, 64),
+    policies: Sequence[str] = ("stall-free",),
+) -> Space:
+    """Knobs of a server: policy, tokens per step, precision of the weights, sequences that run together."""
+
+    def budgeted(point: Point) -> bool:
+        return point["policy"] in ("stall-free", "splitfuse", "token-budget")
+
+    return Space(
+        (
+            Knob("policy", tuple(policies)),
+            Knob("precision", tuple(precisions)),
+            Knob("max_num_seqs", tuple(max_num_seqs)),
+            Knob("token_budget", tuple(token_budgets), budgeted),
+        )
+    )

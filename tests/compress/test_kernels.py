@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.clock import ManualClock
+from hasten.compress import kernels
+from hasten.errors import ConfigurationError
+from hasten.measure import Protocol
+from hasten.measure.files import cache_folder
+
+NAMES = [k.name for k in kernels.available()]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_table() -> None:
+    kernels._LOADED_FROM.clear()
+
+
+def test_the_plain_kernels_are_always_there() -> None:
+    assert {"fp32", "bf16"} <= set(NAMES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(NAMES),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 1000),
+)
+def test_error_stays_within_the_stated_bound(
+    name: str, outs: int, ins: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    kernel = kernels.kernel(name)
+    shape = (16 * outs, 64 * ins)
+    if not kernel.supports(*shape):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(*shape, generator=generator)
+    x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+    before = weight.clone()
+    got = kernel.run(x, kernel.pack(weight))
+    assert got.dtype == dtype
+    assert got.shape == (tokens, shape[0])
+    assert torch.equal(weight, before)
+    expected = x.float() @ weight.t()
+    # Rounding the result to bf16 adds its own half unit in the last place.
+    allowed = kernel.error + (2**-8 if dtype is torch.bfloat16 else 0)
+    # A single row of 16 results is a small sample of an error, hence the margin.
+    margin = 1.0 + 6.0 / (tokens * shape[0]) ** 0.5
+    assert (got.float() - expected).norm() <= allowed * margin * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpack_gives_the_weight_that_is_used(name: str) -> None:
+    kernel = kernels.kernel(name)
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    packed = kernel.pack(weight)
+    used = kernel.unpack(packed)
+    assert used.dtype == torch.float32
+    relative = (used - weight).norm() / weight.norm()
+    assert relative <= kernel.error
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[kernel.precision]
+    overhead = {"int8": 4 * 32, "int4": 4 * 32 * 256 // max(packed.group, 1)}.get(kernel.precision, 0)
+    assert packed.bytes == 32 * 256 * bits // 8 + overhead
+
+
+def test_quantised_codes_match_the_slow_twin() -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
+    codes, scale = kernels._quantise_rows(weight)
+    for row in range(16):
+        step = max(abs(v) for v in weight[row].tolist()) / 127
+        assert scale[row].item() == pytest.approx(step)
+        for column in range(32):
+            assert abs(codes[row, column].item() * step - weight[row, column].item()) <= step / 2 * 1.0001
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(16, 64), torch.full((16, 64), 3.0), torch.full((16, 64), -1e-20)])
+def test_constant_weights_survive(weight: torch.Tensor) -> None:
+    for kernel in kernels.available():
+        if kernel.supports(16, 64):
+            got = kernel.run(torch.ones(2, 64), kernel.pack(weight))
+            assert torch.isfinite(got).all()
+            assert got == pytest.approx(weight.sum(dim=1).expand(2, 16), rel=2e-2, abs=1e-6)
+
+
+def test_zero_rows_of_input_survive() -> None:
+    kernel = kernels.kernel("int8-dynamic") if "int8-dynamic" in NAMES else kernels.kernel("fp32")
+    assert kernel.run(torch.zeros(2, 64), kernel.pack(torch.randn(16, 64))).abs().max() == 0
+
+
+QUICK = Protocol(warmup=1, warmup_time=0, min_samples=2, min_time=0)
+
+
+def test_measured_once_then_read_from_the_table() -> None:
+    times = kernels.measure_kernels((32, 64), 2, ["fp32", "bf16"], copies_bytes=0, protocol=QUICK)
+    assert set(times) == {"fp32", "bf16"}
+    assert all(t > 0 for t in times.values())
+    (file,) = (cache_folder() / "kernels").iterdir()
+    assert json.loads(file.read_text())["32x64x2"] == times
+    kernels._LOADED_FROM.clear()
+    clock = ManualClock()  # would give zeros
+    assert kernels.measure_kernels((32, 64), 2, ["fp32", "bf16"], clock=clock, copies_bytes=0) == times
+
+
+def test_fastest_reads_the_table() -> None:
+    path = kernels._table_path()
+    path.parent.mkdir(parents=True)
+    row = dict.fromkeys(NAMES, 5.0) | {"bf16": 1.0}
+    path.write_text(json.dumps({"64x64x4": row}))
+    assert kernels.fastest((64, 64), 4) == "bf16"
+    assert kernels.fastest((64, 64), 4, ["fp32"]) == "fp32"
+    with pytest.raises(ConfigurationError, match="no kernel in int4, int8 takes"):
+        kernels.fastest((10, 10), 1, ["int8", "int4"])
+
+
+@pytest.mark.parametrize("garbage", ["", "[1]", '{"64x64x4": 3}'])
+def test_a_broken_table_counts_as_empty(garbage: str) -> None:
+    path = kernels._table_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(garbage)
+    assert kernels.measure_kernels((32, 64), 1, ["fp32"], copies_bytes=0, protocol=QUICK)["fp32"] > 0
+
+
+def test_unknown_kernel() -> None:
+    with pytest.raises(ConfigurationError, match="no kernel 'x' here"):
+        kernels.kernel("x")

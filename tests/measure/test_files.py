@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from hasten.errors import DataError
+from hasten.measure.files import write_text
+
+
+class _FullDisk:
+    """A text file on a disk that fills up after ``room`` characters."""
+
+    def __init__(self, descriptor: int, room: int) -> None:
+        self._file: IO[str] = os.fdopen(descriptor, "w")
+        self._room = room
+
+    def write(self, text: str) -> int:
+        self._file.write(text[: self._room])
+        if len(text) > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def __enter__(self) -> _FullDisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "report.html"
+    write_text(path, "old")
+    with pytest.raises(DataError, match="No space left") as caught:
+        write_text(path, "new text", opener=lambda d: _FullDisk(d, room))  # type: ignore[arg-type,return-value]
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_real_file_size_limit(tmp_path: Path) -> None:
+    """The same through the operating system: RLIMIT_FSIZE in a child process."""
+    program = (
+        "import resource, sys; sys.path.insert(0, sys.argv[2]);"
+        "from hasten.measure.files import write_text; from hasten.errors import DataError;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
+        "try: write_text(sys.argv[1], 'x' * 100000)\n"
+        "except DataError as e: print(e); sys.exit(7)"
+    )
+    source = Path(__file__).parents[2] / "src"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out"), str(source)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 7, ran.stderr
+    assert "File too large" in ran.stdout
+    assert ran.stdout.count("\n") == 1
+    assert os.listdir(tmp_path) == ["cache"] or os.listdir(tmp_path) == []
+
+
+def test_writes_whole_with_ordinary_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    write_text(path, "héllo")
+    assert path.read_text(encoding="utf-8") == "héllo"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="was not written"):
+        write_text(tmp_path / "file" / "inside", "x")

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hasten.tune
+from hasten.clock import ManualClock
+from hasten.compress import PackedLinear, Recipe, kernels
+from hasten.errors import ConfigurationError
+from hasten.measure import Protocol
+from hasten.tune import Knob, Space
+from hasten.tune import model as tuning
+
+SECONDS = {"fp32": 4e-3, "bf16": 3e-3, "bf16-packed": 2.5e-3, "int8-weight": 5e-3, "int8-dynamic": 1e-3}
+SECONDS |= {f"int4-g{g}": 1.5e-3 for g in kernels.GROUP_SIZES}
+SPACE = Space(
+    (
+        Knob("format", ("unchanged", "bf16", "int8", "int4")),
+        Knob("group", (32,), lambda p: p["format"] == "int4"),
+        Knob("keep", ("none",), lambda p: p["format"] in ("int8", "int4")),
+    )
+)
+QUICK = Protocol(warmup=1, warmup_time=0, min_samples=5, min_time=0)
+
+
+class _Timed(nn.Sequential):
+    """A network whose linear layers take the seconds of the table on the test's clock."""
+
+    clock: ManualClock
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            name = layer.kernel_name if isinstance(layer, PackedLinear) else "fp32"
+            if isinstance(layer, (nn.Linear, PackedLinear)):
+                self.clock.advance(SECONDS[name])
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    def decreed(shape: tuple[int, int], tokens: int, names: list[str], **_: Any) -> dict[str, float]:
+        return {n: SECONDS[n] for n in names if kernels.kernel(n).supports(*shape)}
+
+    monkeypatch.setattr(kernels, "measure_kernels", decreed)
+    return ManualClock()
+
+
+def _model(clock: ManualClock) -> _Timed:
+    torch.manual_seed(0)
+    model = _Timed(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    _Timed.clock = clock
+    return model
+
+
+DATA = [torch.randn(4, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def _tune(clock: ManualClock, budget: str, **more: Any) -> Any:
+    return tuning.tune(_model(clock), DATA, budget, space=SPACE, protocol=QUICK, clock=clock, time_limit=None, **more)
+
+
+def test_a_tight_budget_takes_the_fast_one(clock: ManualClock) -> None:
+    result = _tune(clock, "p99<2.5ms, quality>90%")
+    assert result.best.name == "int8"
+    assert result.best.values["latency@p99"] == pytest.approx(2e-3)
+    assert isinstance(result.model[0], PackedLinear)
+    assert result.best.detail["confirmed"] is True
+    assert "int8 is faster than unchanged: 4.00×" in result.verdict()
+    assert result.baseline.values["latency@p99"] == pytest.approx(8e-3)
+    again, _ = Recipe.from_yaml(result.recipe.to_yaml()).apply(_model(clock))
+    assert torch.equal(again(DATA[0]), result.model(DATA[0]))
+
+
+def test_a_loose_budget_keeps_the_quality(clock: ManualClock) -> None:
+    result = _tune(clock, "p99<7ms")
+    assert result.best.name == "bf16"  # more quality than int8 and inside the budget
+    assert _tune(clock, "p99<100ms").recipe.techniques == ()
+
+
+def test_an_impossible_budget_is_said(clock: ManualClock, tmp_path: Path) -> None:
+    result = _tune(clock, "p99<0.1ms")
+    assert result.best is None
+    assert "no candidate meets p99 ≤ 100 µs; closest is int8" in result.verdict()
+    assert type(result.model[0]) is nn.Linear
+    result.report(tmp_path / "r.html")
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_size_is_rejected_before_it_costs_time(clock: ManualClock) -> None:
+    result = _tune(clock, "size<20KiB")
+    refused = [c.name for c in result.frontier.candidates if not c.measured]
+    assert refused == ["unchanged", "bf16"] or sorted(refused) == ["bf16", "unchanged"]
+    assert result.best.values["size"] <= 20 * 1024
+    assert result.baseline.measured  # the unchanged model is measured all the same, to compare with
+
+
+def test_quality_is_the_callers_and_relative_to_the_unchanged(clock: ManualClock) -> None:
+    def quality(model: nn.Module) -> float:
+        return 50.0 if any(isinstance(m, PackedLinear) for m in model.modules()) else 200.0
+
+    result = _tune(clock, "p99<5.5ms, quality>30%", quality=quality)
+    assert result.best.values["quality"] == 0.25 if result.best else True
+    assert "quality is 25 %, the budget asks for 30 %" in result.verdict()
+    with pytest.raises(ConfigurationError, match="larger when better"):
+        _tune(clock, "p99<1s", quality=lambda m: -1.0)
+
+
+def test_the_model_is_left_as_it_was(clock: ManualClock) -> None:
+    model = _model(clock).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    tuning.tune(model, DATA, "p99<7ms", space=SPACE, protocol=QUICK, clock=clock)
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_candidate_that_does_not_hold_up_is_dropped(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = tuning._Bench.compare
+
+    def moody(self: Any, new: nn.Module, name: str) -> Any:
+        if name == "int8":  # the confirming run: suddenly slow
+            clock_of = _Timed.clock
+            slow = lambda module, args: clock_of.advance(1.0)  # noqa: E731
+            new.register_forward_pre_hook(slow)
+        return compare(self, new, name)
+
+    monkeypatch.setattr(tuning._Bench, "compare", moody)
+    result = _tune(clock, "p99<3.5ms")
+    assert result.best.name == "int4"
+    dropped = next(c for c in result.frontier.candidates if c.name == "int8")
+    assert dropped.detail["confirmed"] is False
+    assert dropped.violations
+
+
+def test_a_stored_study_goes_on_and_belongs_to_its_model(clock: ManualClock, tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    first = _tune(clock, "p99<2.5ms", storage=path)
+    began = clock.now()
+    second = _tune(clock, "p99<2.5ms", storage=path)
+    assert second.best.name == first.best.name
+    assert clock.now() - began < 0.2  # the confirming run alone
+    other = _model(clock)
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    with pytest.raises(ConfigurationError, match="has another model"):
+        tuning.tune(other, DATA, "p99<2.5ms", space=SPACE, protocol=QUICK, clock=clock, storage=path)
+
+
+def test_report_shows_the_frontier(clock: ManualClock, tmp_path: Path) -> None:
+    result = _tune(clock, "p99<2.5ms")
+    result.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "int8 meets" in page
+    assert "weight-precision" in page
+
+
+def test_bad_requests(clock: ManualClock) -> None:
+    with pytest.raises(ConfigurationError, match="at least one example"):
+        tuning.tune(_model(clock), [], "p99<1s")
+    with pytest.raises(ConfigurationError, match="does not measure energy"):
+        _tune(clock, "energy<1mJ")
+
+
+def test_for_real_on_this_machine() -> None:
+    """The whole path with the real clock and the real kernels; nothing about speed is asserted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    result = hasten.tune(model, DATA[:1], "p99<10s", protocol=QUICK, time_limit=5.0)  # type: ignore[operator]
+    assert result.best is not None
+    assert result.best.values["quality"] > 0.9
+    assert {c.knobs["format"] for c in result.frontier.candidates} >= {"unchanged"}

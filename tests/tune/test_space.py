@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from hasten.compress import WeightPrecision
+from hasten.errors import ConfigurationError
+from hasten.tune import Knob, Space, recipe_space, serving_space
+from hasten.tune.space import key_of, recipe_of
+
+MODEL = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+def test_points_match_the_slow_twin() -> None:
+    space = Space((Knob("a", (1, 2)), Knob("b", ("x", "y"), lambda p: p["a"] == 2), Knob("c", (None, True))))
+    expected = []
+    for a in (1, 2):
+        for b in ("x", "y") if a == 2 else (None,):
+            for c in (None, True):
+                expected.append({"a": a, "b": b, "c": c} if a == 2 else {"a": a, "c": c})
+    assert list(space.points()) == expected
+    assert space.size() == 6
+    assert space.size(most=4) == 4
+    for point in expected:  # asking gives the same points
+        assert space.build(lambda name, choices, p=point: p[name]) == point
+    assert len({key_of(p) for p in expected}) == 6
+
+
+def test_bad_spaces() -> None:
+    with pytest.raises(ConfigurationError, match="distinct"):
+        Knob("a", (1, 1))
+    with pytest.raises(ConfigurationError, match="distinct"):
+        Knob("a", ())
+    with pytest.raises(ConfigurationError, match="same name"):
+        Space((Knob("a", (1,)), Knob("a", (2,))))
+
+
+def test_every_recipe_point_is_a_recipe() -> None:
+    recipes = [recipe_of(p, MODEL, tokens=4) for p in recipe_space(MODEL).points()]
+    assert recipes[0].techniques == ()
+    assert len({r.to_yaml() for r in recipes}) == len(recipes)
+    kept = recipe_of({"format": "int8", "keep": "first and last"}, MODEL)
+    assert isinstance(kept.techniques[0], WeightPrecision)
+    assert kept.techniques[0].skip == ("0", "3")
+
+
+def test_a_model_without_linear_layers_has_one_recipe() -> None:
+    assert list(recipe_space(nn.ReLU()).points()) == [{"format": "unchanged"}]
+
+
+def test_token_budget_is_a_knob_of_budgeted_policies_only() -> None:
+    space = serving_space(policies=("prefill-first", "stall-free"), token_budgets=(1, 2), max_num_seqs=(4,))
+    assert [p.get("token_budget") for p in space.points() if p["precision"] == "bf16"] == [None, 1, 2]
