@@ -114,7 +114,7 @@ _METRICS: dict[str, str] = {
     "quality": "ratio",
     "throughput": "rate",
 }
-_CONDITION = re.compile(r"^\s*([A-Za-z_]+[0-9.]*)\s*(<=|>=|<|>|=)\s*(\S.*?)\s*$")
+_CONDITION = re.compile(r"^\s*([A-Za-z_][A-Za-z0-9_.]*)\s*(<=|>=|<|>|=)\s*(\S.*?)\s*$")
 _PERCENTILE = re.compile(r"^p([0-9]{1,2}(?:\.[0-9]+)?)$")
 
 

@@ -17,8 +17,9 @@ NAMES = [k.name for k in kernels.available()]
 
 
 @pytest.fixture(autouse=True)
-def _fresh_table() -> None:
+def _fresh_table(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels._LOADED_FROM.clear()
+    monkeypatch.setattr(kernels, "busy", lambda: False)
 
 
 def test_the_plain_kernels_are_always_there() -> None:
@@ -71,6 +72,15 @@ def test_unpack_gives_the_weight_that_is_used(name: str) -> None:
     assert packed.bytes == 32 * 256 * bits // 8 + overhead
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_weight_shares_nothing_with_the_given_one(name: str) -> None:
+    kernel, weight, x = kernels.kernel(name), torch.randn(32, 256), torch.randn(2, 256)
+    packed = kernel.pack(weight)
+    before = kernel.run(x, packed)
+    weight.zero_()
+    assert torch.equal(kernel.run(x, packed), before)
+
+
 def test_quantised_codes_match_the_slow_twin() -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     codes, scale = kernels._quantise_rows(weight)
@@ -107,6 +117,35 @@ def test_measured_once_then_read_from_the_table() -> None:
     kernels._LOADED_FROM.clear()
     clock = ManualClock()  # would give zeros
     assert kernels.measure_kernels((32, 64), 2, ["fp32", "bf16"], clock=clock, copies_bytes=0) == times
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 60, 130])
+def test_quantized_product(precision: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias = torch.randn(32, 64, generator=generator), torch.randn(32, generator=generator)
+    x = torch.randn(rows, 64, generator=generator)
+    product, size = kernels.quantized_product(weight.bfloat16(), precision, bias.bfloat16())
+    expected = x @ weight.t() + bias
+    got = product(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).norm() <= (0.03 if precision == "int8" else 0.16) * expected.norm()
+    assert size == {"int8": 32 * 64 + 4 * 32, "int4": 32 * 32 + 4 * 32 * 2}[precision]
+
+
+def test_quantized_product_of_an_odd_shape_is_bf16() -> None:
+    weight = torch.randn(10, 7)
+    product, size = kernels.quantized_product(weight, "int4")
+    assert size == 2 * 70
+    assert torch.allclose(product(torch.ones(1, 7)), weight.sum(dim=1)[None], atol=0.05)
+    with pytest.raises(ConfigurationError, match="not quantised"):
+        kernels.quantized_product(weight, "bf16")
+
+
+def test_a_busy_machine_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "busy", lambda: True)
+    assert kernels.measure_kernels((32, 64), 2, ["fp32"], copies_bytes=0, protocol=QUICK)["fp32"] > 0
+    assert not (cache_folder() / "kernels").exists()
 
 
 def test_fastest_reads_the_table() -> None:

@@ -41,7 +41,8 @@ def test_equal_to_transformers():
     transformers = pytest.importorskip("transformers")
     template = (
         "{%- if messages[0]['role'] == 'system' -%}<|s|>{{ messages[0]['content'] | trim }}\n{%- endif %}"
-        "{% for m in messages if m.role != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% for m in messages if m.role != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     messages = [{"role": "system", "content": " be brief "}, *MESSAGES, {"role": "assistant", "content": "Yo\n"}]

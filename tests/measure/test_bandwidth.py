@@ -12,6 +12,17 @@ from hasten.measure.files import cache_folder
 SMALL = {"size": 2**20, "width": 64, "limit": 0.01}
 
 
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "busy", lambda: False)
+
+
+def test_a_busy_machine_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "busy", lambda: True)
+    measure_ceilings(**SMALL)  # type: ignore[arg-type]
+    assert not (cache_folder() / "ceilings").exists()
+
+
 class _Counting(MonotonicClock):
     calls = 0
 

@@ -1,42 +1,15 @@
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from hasten.errors import DataError
 from hasten.measure.files import write_text
-
-
-class _FullDisk:
-    """A text file on a disk that fills up after ``room`` characters."""
-
-    def __init__(self, descriptor: int, room: int) -> None:
-        self._file: IO[str] = os.fdopen(descriptor, "w")
-        self._room = room
-
-    def write(self, text: str) -> int:
-        self._file.write(text[: self._room])
-        if len(text) > self._room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return len(text)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def __enter__(self) -> _FullDisk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+from hasten.testing.files import FullDisk
 
 
 @pytest.mark.parametrize("room", [0, 3])
@@ -44,7 +17,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, room: int) -> None:
     path = tmp_path / "report.html"
     write_text(path, "old")
     with pytest.raises(DataError, match="No space left") as caught:
-        write_text(path, "new text", opener=lambda d: _FullDisk(d, room))  # type: ignore[arg-type,return-value]
+        write_text(path, "new text", opener=lambda d: FullDisk(d, room))
     assert "\n" not in str(caught.value)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.html"]

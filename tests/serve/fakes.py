@@ -15,7 +15,10 @@ import torch
 
 from hasten.language.tokenizer import Tokenizer
 
-CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def fake_logits(context: np.ndarray, vocab: int) -> np.ndarray:

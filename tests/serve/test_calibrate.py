@@ -34,7 +34,7 @@ class TimedExecutor:
         return torch.zeros(len(chunks), self.vocab_size)
 
 
-TRUE = IterationCost(m0=4e-3, m1=2e-7, m2=5e-5, a=1e-3, b=6e-5, c=3e-9)
+TRUE = IterationCost(m0=4e-3, m1=2e-7, m2=5e-5, a=1e-3, b=6e-5, c=3e-9, d=1e-6)
 
 
 def test_calibration_finds_the_cost_of_the_executor_and_reports_what_it_kept_apart():

@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hasten.errors import ConfigurationError, DataError
 from hasten.serve.cost import PRESETS, IterationCost, _nonnegative_least_squares
 
 OPT = IterationCost.preset("opt-13b/a100")
+FULL = replace(OPT, d=3e-6)  # every term in use
 batches = st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 600)), min_size=1, max_size=12)
 
 
@@ -19,10 +21,11 @@ def test_time_is_the_formula_and_all_ways_to_ask_agree(chunks):
     context = sum(c for c, _ in chunks)
     tokens = sum(n for _, n in chunks)
     pairs = sum(n * (2 * c + n) for c, n in chunks)
-    memory = OPT.m0 + OPT.m1 * context + OPT.m2 * len(chunks)
-    compute = OPT.a + OPT.b * tokens + OPT.c * pairs + OPT.m1 * context
-    assert OPT.time(chunks) == pytest.approx(max(memory, compute), rel=1e-12)
-    assert OPT.times(np.array([OPT.sums(chunks)], dtype=float))[0] == pytest.approx(OPT.time(chunks), rel=1e-12)
+    gathered = sum(c for c, n in chunks if n > 1)
+    memory = FULL.m0 + FULL.m1 * context + FULL.m2 * len(chunks)
+    compute = FULL.a + FULL.b * tokens + FULL.c * pairs + FULL.m1 * context + FULL.d * gathered
+    assert FULL.time(chunks) == pytest.approx(max(memory, compute), rel=1e-12)
+    assert FULL.times(np.array([FULL.sums(chunks)], dtype=float))[0] == pytest.approx(FULL.time(chunks), rel=1e-12)
 
 
 def test_published_prefill_and_decode_times_in_seconds():
@@ -33,7 +36,7 @@ def test_published_prefill_and_decode_times_in_seconds():
 
 def test_an_empty_batch_takes_no_time():
     assert OPT.time([]) == 0.0
-    assert OPT.times(np.zeros((2, 4))).tolist() == [0.0, 0.0]
+    assert OPT.times(np.zeros((2, 5))).tolist() == [0.0, 0.0]
 
 
 def grid(cost, noise=0.0, seed=0):
@@ -44,9 +47,8 @@ def grid(cost, noise=0.0, seed=0):
     return [(s, cost.time(s) * float(np.exp(rng.normal(0, noise)))) for s in shapes]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_fit_finds_a_known_cost_again(name):
-    true = IterationCost.preset(name)
+@pytest.mark.parametrize("true", [*PRESETS.values(), FULL], ids=[*PRESETS, "full"])
+def test_fit_finds_a_known_cost_again(true):
     fitted = IterationCost.fit(grid(true))
     assert fitted.relative_errors(grid(true)).max() < 0.01
     assert fitted.report.median_relative_error < 0.005
@@ -60,7 +62,7 @@ def test_fit_survives_noise_and_reports_the_error_on_what_was_kept_apart():
 
 
 def test_fit_needs_enough_batches_with_a_time():
-    with pytest.raises(DataError, match="at least 6"):
+    with pytest.raises(DataError, match="at least 7"):
         IterationCost.fit([([(0, 1)], 0.1)] * 3 + [([(0, 1)], float("nan"))] * 9)
 
 
@@ -75,7 +77,7 @@ def test_a_negative_or_infinite_coefficient_is_refused():
 @given(st.integers(0, 10_000))
 def test_least_squares_satisfies_its_optimality_conditions(seed):
     rng = np.random.default_rng(seed)
-    matrix, target = rng.normal(size=(20, 6)), rng.normal(size=20)
+    matrix, target = rng.normal(size=(20, 7)), rng.normal(size=20)
     x = _nonnegative_least_squares(matrix, target)
     gradient = matrix.T @ (matrix @ x - target)
     assert (x >= 0).all()
@@ -112,7 +114,7 @@ def test_an_impossible_limit_says_so_and_no_limit_takes_the_largest():
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 600), st.integers(1, 64), st.integers(16, 3000), st.integers(64, 40_000))
 def test_worst_batch_bounds_every_batch_within_the_budget(budget, seqs, context, cache):
-    worst = OPT.worst_batch(budget, max_num_seqs=seqs, context=context, cache_tokens=cache)
+    worst = FULL.worst_batch(budget, max_num_seqs=seqs, context=context, cache_tokens=cache)
     rng = np.random.default_rng(budget)
     for _ in range(10):
         decodes = int(rng.integers(0, min(seqs, budget) + 1))
@@ -121,7 +123,7 @@ def test_worst_batch_bounds_every_batch_within_the_budget(budget, seqs, context,
         past = max(0, each - piece) if piece else 0
         fits = max(0, (cache - past) // max(1, each))
         chunks = [(each, 1)] * min(decodes, fits) + ([(past, piece)] if piece else [])
-        assert OPT.time(chunks) <= worst * (1 + 1e-9)
+        assert FULL.time(chunks) <= worst * (1 + 1e-9)
 
 
 def test_files_are_whole_or_absent_and_bad_ones_are_named(tmp_path):
@@ -139,7 +141,7 @@ def test_files_are_whole_or_absent_and_bad_ones_are_named(tmp_path):
     with pytest.raises(DataError, match="other"):
         IterationCost.read(path)
     with pytest.raises(DataError, match="calibrate again"):
-        IterationCost.from_dict({"format": "hasten/iteration-cost/1", "m0": "x"})
+        IterationCost.from_dict({"format": "hasten/iteration-cost/2", "m0": "x"})
     with pytest.raises(DataError, match="cannot read"):
         IterationCost.read(tmp_path / "absent.json")
 

@@ -1,4 +1,4 @@
-"""The engine with every policy against a plain loop over one request, on a model that is wrong as soon as the cache is."""
+"""The engine with every policy against a plain loop over one request; the model is wrong as soon as the cache is."""
 
 import random
 
@@ -281,9 +281,13 @@ class TestRefusals:
 
         one = Engine(FakeExecutor(VOCAB), Lazy())
         one.add([1])
-        with pytest.raises(EngineError, match="planned nothing"):
+
+        def run():
             for _ in range(100):
                 one.step()
+
+        with pytest.raises(EngineError, match="planned nothing"):
+            run()
 
 
 def test_logits_that_are_no_numbers_fail_their_sequence_only():

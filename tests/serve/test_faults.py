@@ -74,7 +74,7 @@ def test_a_flood_is_turned_away_in_time(start_fake):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(ask, range(16)))
     refused = [a for a in answers if a.status_code == 429]
-    assert len(refused) >= 8
+    assert len(refused) >= 4
     assert all(int(a.headers["retry-after"]) >= 1 for a in refused)
     assert all(a.json()["error"]["code"] == "server_overloaded" for a in refused)
     good = [a for a in answers if a.status_code == 200]

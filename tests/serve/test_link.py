@@ -35,6 +35,10 @@ def test_both_ends():
     a.close()
     with pytest.raises(EngineDeadError):
         two.receive(5)
-    with pytest.raises(EngineDeadError):
+
+    def flood():
         for _ in range(100):
             two.send("stats", 1)
+
+    with pytest.raises(EngineDeadError):
+        flood()

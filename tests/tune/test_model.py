@@ -167,6 +167,7 @@ def test_bad_requests(clock: ManualClock) -> None:
         _tune(clock, "energy<1mJ")
 
 
+@pytest.mark.slow
 def test_for_real_on_this_machine() -> None:
     """The whole path with the real clock and the real kernels; nothing about speed is asserted."""
     torch.manual_seed(0)

@@ -69,6 +69,13 @@ def test_a_point_that_cannot_be_built_is_noted_and_the_search_goes_on() -> None:
     assert sum(c.detail.get("error") == "no kernel of width 3" for c in candidates) == 2
 
 
+def test_points_that_are_not_allowed_are_never_tried() -> None:
+    space = Space(SPACE.knobs, allowed=lambda p: not (p["deep"] and p["width"] > 2))
+    found = Search(space, lambda p: Outcome(_values(p)), AXES).run()
+    assert sorted(map(str, (c.knobs for c in found))) == sorted(map(str, space.points()))
+    assert len(found) == 6
+
+
 def test_limits() -> None:
     seen: list[Point] = []
     assert len(_search(seen).run(max_measured=3)) == 3
@@ -120,6 +127,7 @@ print(len(found), sum(c.measured for c in found))
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path) -> None:
     db, log = tmp_path / "study.db", tmp_path / "log"
     log.touch()
@@ -185,6 +193,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
     db = tmp_path / "study.db"
     program = _FULL.format(source=str(SOURCE), db=str(db))

@@ -41,7 +41,7 @@ def test_the_best_predictions_are_confirmed_and_the_measured_best_wins(tmp_path:
         return _values({32: 0.99, 64: 0.9, 128: 0.8}.get(point.get("token_budget", 0), 0.5), 2.0)
 
     result = tune_serving(SPACE, _predict, measure, SLO_, baseline=BASE, confirm=3)
-    assert [p.get("token_budget") for p in measured] == [None, 64, 32, 16]
+    assert [p.get("token_budget") for p in measured] == [None, 64, 32, 16, None]  # untuned first and last
     assert result.best.knobs == {"token_budget": 32}
     assert result.baseline.knobs == BASE
     assert result.improved
@@ -50,6 +50,24 @@ def test_the_best_predictions_are_confirmed_and_the_measured_best_wins(tmp_path:
     json.dumps(result.to_json(), allow_nan=False)
     of_serving(result).write(tmp_path / "report.html")
     assert "(untuned)" in (tmp_path / "report.html").read_text()
+
+
+def test_the_better_run_of_the_untuned_counts() -> None:
+    runs = iter([0.5, 0.8, 0.95])  # the machine was busy at first
+    result = tune_serving(SPACE, _predict, lambda p: _values(next(runs)), SLO_, baseline=BASE, confirm=1)
+    assert result.baseline.values["attainment"] == 0.95
+    assert not result.improved
+
+
+def test_a_difference_within_the_noise_is_not_claimed() -> None:
+    def measure(point: Point) -> dict[str, float]:
+        return _values(1.0, 3.0) if point == BASE else _values(1.0, 3.05)
+
+    assert not tune_serving(SPACE, _predict, measure, SLO_, baseline=BASE, confirm=2).improved
+    clear = tune_serving(
+        SPACE, _predict, lambda p: _values(1.0, 3.0 if p == BASE else 3.3), SLO_, baseline=BASE, confirm=2
+    )
+    assert clear.improved
 
 
 def test_if_nothing_beats_the_untuned_it_says_so() -> None:
@@ -72,7 +90,7 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
         tune_serving(SPACE, _predict, measure, SLO_, baseline=BASE, confirm=3, storage=storage)
     result = tune_serving(SPACE, _predict, measure, SLO_, baseline=BASE, confirm=3, storage=storage)
     assert len(result.confirmed) == 4
-    assert len(calls) == 5  # two kept, the interrupted one again, one more
+    assert len(calls) == 6  # two kept, the interrupted one again, one more, the untuned once more
 
 
 def test_the_time_limit_leaves_the_baseline_and_one_candidate() -> None:

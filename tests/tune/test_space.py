@@ -49,5 +49,6 @@ def test_a_model_without_linear_layers_has_one_recipe() -> None:
 
 
 def test_token_budget_is_a_knob_of_budgeted_policies_only() -> None:
-    space = serving_space(policies=("prefill-first", "stall-free"), token_budgets=(1, 2), max_num_seqs=(4,))
-    assert [p.get("token_budget") for p in space.points() if p["precision"] == "bf16"] == [None, 1, 2]
+    space = serving_space(policies=("prefill-first", "stall-free"), token_budgets=(2, 4, 8), max_num_seqs=(4,))
+    # a budget of 2 cannot feed 4 sequences
+    assert [p.get("token_budget") for p in space.points() if p["precision"] == "bf16"] == [None, 4, 8]

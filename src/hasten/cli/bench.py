@@ -125,7 +125,7 @@ def bench_serve(
         from hasten.serve.bench import run
 
         run(url, prompts[: min(num_warmups, len(prompts))], clients=1, **options)
-    for count in _counts(clients):
+    for seats in _counts(clients):
         result = _measure(
             url,
             prompts,
@@ -133,7 +133,7 @@ def bench_serve(
             burstiness,
             max_concurrency,
             seed,
-            count,
+            seats,
             options,
             settings,
             (slo, metrics, percentiles, save_detailed),

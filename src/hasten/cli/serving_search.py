@@ -89,7 +89,7 @@ def search(
     base = model if model is not None else load_model(name, dtype=precisions[0])
     context = int(base.config.max_position_embeddings)
     if workload in ("conversation", "code"):
-        offered = workloads.sample(workload, rate=rate, requests=requests, seed=seed)  # type: ignore[arg-type]
+        offered = workloads.sample(workload, rate=rate, requests=requests, seed=seed)
     else:
         offered = workloads.load(workload).at_rate(rate, seed=seed).head(requests)
     offered = offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4)

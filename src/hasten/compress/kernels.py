@@ -26,9 +26,18 @@ from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, DataError
 from hasten.measure.files import cache_folder, write_text
 from hasten.measure.latency import Protocol, compare
-from hasten.measure.machine import Machine
+from hasten.measure.machine import Machine, busy
 
-__all__ = ["GROUP_SIZES", "LinearKernel", "Packed", "available", "fastest", "kernel", "measure_kernels"]
+__all__ = [
+    "GROUP_SIZES",
+    "LinearKernel",
+    "Packed",
+    "available",
+    "fastest",
+    "kernel",
+    "measure_kernels",
+    "quantized_product",
+]
 
 GROUP_SIZES = (32, 64, 128, 256)
 _VERSION = 1
@@ -109,7 +118,7 @@ def _quantise_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor
 
 def _plain(dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "pack": lambda w: Packed((w.detach().to(dtype).contiguous(),), (w.shape[0], w.shape[1])),
+        "pack": lambda w: Packed((w.detach().to(dtype, copy=True).contiguous(),), (w.shape[0], w.shape[1])),
         "run": lambda x, p: functional.linear(x.to(dtype), p.tensors[0]).to(x.dtype),
         "unpack": lambda p: p.tensors[0].float(),
         "supports": lambda out, inner: True,
@@ -139,10 +148,9 @@ def _run_rows_bf16(x: Tensor, packed: Packed) -> Tensor:
 
 def _run_rows_dynamic(x: Tensor, packed: Packed) -> Tensor:
     codes, scale = packed.tensors
-    wide = x.float()
-    step = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-12).div_(127)
-    product = torch._int_mm(torch.round(wide / step).to(torch.int8), codes.t())
-    return (product.float().mul_(step).mul_(scale)).to(x.dtype)
+    step = x.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-12).mul_(1 / 127)
+    product = torch._int_mm(torch.round(x / step).to(torch.int8), codes.t())
+    return (product * step).mul_(scale).to(x.dtype)
 
 
 def _pack_groups(group: int) -> Callable[[Tensor], Packed]:
@@ -247,8 +255,14 @@ _TABLE: dict[str, dict[str, float]] = {}
 _LOADED_FROM: list[str] = []
 
 
+@lru_cache(maxsize=8)
+def _fingerprint(threads: int) -> str:
+    """Hash of the machine; threads enter it, and everything else stays while the process lives."""
+    return Machine.detect().hash
+
+
 def _table_path() -> Path:
-    return cache_folder() / "kernels" / f"{Machine.detect().hash}-v{_VERSION}.json"
+    return cache_folder() / "kernels" / f"{_fingerprint(torch.get_num_threads())}-v{_VERSION}.json"
 
 
 def _load_table() -> Path:
@@ -276,8 +290,9 @@ def measure_kernels(
     """Seconds per call (the best of several) of each kernel in ``names`` for weights (out, in) and ``tokens`` rows;
     cached.
 
-    Kernels run interleaved, each over enough copies of the weight (``copies_bytes`` in all) that it comes from memory
-    as it does in a model, and not from a cache.
+    On a busy machine the figures are used by this process but not kept. Kernels run interleaved, each over enough
+    copies of the weight (``copies_bytes`` in all) that it comes from memory as it does in a model, and not from a
+    cache.
     """
     path = _load_table()
     key = f"{shape[0]}x{shape[1]}x{tokens}"
@@ -285,8 +300,9 @@ def measure_kernels(
     wanted = [n for n in names if kernel(n).supports(*shape)]
     if refresh or any(n not in row for n in wanted):
         row.update(_measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol))
-        with contextlib.suppress(DataError):
-            write_text(path, json.dumps(_TABLE) + "\n")
+        if not busy():
+            with contextlib.suppress(DataError):
+                write_text(path, json.dumps(_TABLE) + "\n")
     return {n: row[n] for n in wanted}
 
 
@@ -348,3 +364,46 @@ def fastest(
         return pool[0]
     times = measure_kernels(shape, tokens, pool, clock=clock)
     return min(times, key=lambda n: times[n])
+
+
+_ROWS = (1, 16, 128)
+"""numbers of rows at which the kernels of one precision are compared"""
+_BRIEF = Protocol(warmup=1, warmup_time=0.0, min_samples=5, min_time=0.0, max_time=0.3)
+
+
+def quantized_product(
+    weight: Tensor, precision: str, bias: Tensor | None = None, *, group: int = 32, clock: Clock | None = None
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """``x (rows, in) -> x Wᵀ + bias (rows, out)`` for a weight (out, in) stored in int8 or int4, and its bytes.
+
+    The kernels of a precision share one stored weight, so the fastest is chosen at each call by the number of rows,
+    from a brief measurement at packing (cached). A shape that no kernel of the precision takes is stored in bf16;
+    the bytes tell. ``group`` is the number of inputs that share an int4 scale. Raises
+    :class:`~hasten.errors.ConfigurationError` for another precision.
+    """
+    if precision not in ("int8", "int4"):
+        raise ConfigurationError(f"precision {precision!r} is not quantised; give int8 or int4")
+    shape = (weight.shape[0], weight.shape[1])
+    wanted = f"int4-g{group}" if precision == "int4" else ""
+    names = [k.name for k in available() if k.precision == precision and k.supports(*shape)]
+    names = [n for n in names if not wanted or n == wanted]
+    if not names:
+        present = [k.name for k in available()]
+        names = ["bf16-packed" if "bf16-packed" in present else "bf16"]
+    packed = kernel(names[0]).pack(weight)
+    offset = None if bias is None else bias.detach().clone()
+    runs = []
+    for rows in _ROWS:
+        best = names[0]
+        if len(names) > 1:
+            times = measure_kernels(shape, rows, names, clock=clock, copies_bytes=16 * 2**20, protocol=_BRIEF)
+            best = min(times, key=times.__getitem__)
+        runs.append(kernel(best).run)
+    few, some, many = runs
+
+    def product(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        result = (few if rows <= 4 else some if rows <= 48 else many)(x, packed)
+        return result if offset is None else result + offset.to(result.dtype)
+
+    return product, packed.bytes

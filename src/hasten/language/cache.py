@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,10 @@ __all__ = ["BlockPool"]
 _ROOT = b"hasten"
 
 
-def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+Tokens = Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _chain(parent: bytes, tokens: Tokens) -> bytes:
     """Name of a block from its parent's name and its tokens; 128 bits, so that a collision is not a concern."""
     return hashlib.blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), key=parent, digest_size=16).digest()
 
@@ -74,11 +78,11 @@ class BlockPool:
         """Blocks of ``seq`` in order. The list is the pool's own: read it, do not change or keep it."""
         return self._tables[seq]
 
-    def match_prefix(self, tokens: Sequence[int]) -> int:
+    def match_prefix(self, tokens: Tokens) -> int:
         """Tokens at the head of ``tokens`` that the cache holds: whole blocks, always leaving one token to compute."""
         return len(self._lookup(tokens)) * self.block_size
 
-    def _lookup(self, tokens: Sequence[int]) -> list[int]:
+    def _lookup(self, tokens: Tokens) -> list[int]:
         found: list[int] = []
         if not self.prefix_sharing:
             return found
@@ -91,7 +95,7 @@ class BlockPool:
             found.append(block)
         return found
 
-    def names(self, tokens: Sequence[int]) -> list[bytes]:
+    def names(self, tokens: Tokens) -> list[bytes]:
         """Names of the full blocks of ``tokens`` that a prefix may come from, for ``match_names``."""
         found: list[bytes] = []
         name, size = _ROOT, self.block_size
@@ -108,7 +112,7 @@ class BlockPool:
                 return index * self.block_size
         return len(names) * self.block_size
 
-    def open(self, seq: int, tokens: Sequence[int]) -> int:
+    def open(self, seq: int, tokens: Tokens) -> int:
         """Begin the table of ``seq`` with the blocks of its known prefix; returns how many tokens they hold.
 
         Raises :class:`CacheError` if the sequence is open already.
@@ -149,7 +153,7 @@ class BlockPool:
             self._references[block] = 1
             table.append(block)
 
-    def commit(self, seq: int, tokens: Sequence[int]) -> None:
+    def commit(self, seq: int, tokens: Tokens) -> None:
         """Name the full blocks of ``seq``, whose computed tokens are ``tokens``, so that others can share them."""
         done, name = self._committed[seq]
         size = self.block_size
@@ -166,7 +170,7 @@ class BlockPool:
         self._committed[seq] = (full, name)
 
     def needs_commit(self, seq: int, computed: int) -> bool:
-        """Whether ``commit`` with ``computed`` tokens would name a block; cheap, so that a step can skip the slicing."""
+        """Whether ``commit`` with ``computed`` tokens would name a block; cheap, so that a step can skip slicing."""
         return self.prefix_sharing and computed // self.block_size > self._committed[seq][0]
 
     def free(self, seq: int) -> None:

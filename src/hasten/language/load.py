@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,11 @@ from hasten.language.config import PRESETS, DecoderConfig
 from hasten.language.weights import WeightReader, read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hasten.language.decoder import Decoder
     from hasten.language.executor import Executor
+    from hasten.language.generate import Answer
     from hasten.language.tokenizer import Tokenizer
 
 __all__ = ["EMBEDDED", "LanguageModel", "load", "model_folder", "random_model"]
@@ -96,6 +97,39 @@ class LanguageModel:
         assert self.folder is not None
         with WeightReader(self.folder, self.config) as reader:
             return Executor(self.config, reader.read, progress=self._progress, **options)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(self.tokenizer.eos_token_ids) if self.folder is not None else self.config.eos_token_ids
+
+    def generate(
+        self, prompt: str | Sequence[int], *, on_token: Callable[[int], None] | None = None, **knobs: Any
+    ) -> Answer:
+        """Answer one prompt (text or token ids); ``knobs`` are those of :class:`SamplingParams`, greedy by default.
+
+        >>> load("pycode-4m").generate("import ", max_tokens=4).prompt_tokens
+        2
+        """
+        from hasten.language.generate import generate
+        from hasten.language.params import SamplingParams
+
+        tokenizer = None if self.folder is None else self.tokenizer
+        ids = list(prompt) if not isinstance(prompt, str) else self.tokenizer.encode(prompt)
+        params = SamplingParams(**{"temperature": 0.0, **knobs})
+        return generate(self.executor, ids, params, tokenizer=tokenizer, eos=self.eos_token_ids, on_token=on_token)
+
+    def infill(
+        self, prefix: str, suffix: str, *, on_token: Callable[[int], None] | None = None, **knobs: Any
+    ) -> Answer:
+        """What the model would write between ``prefix`` and ``suffix``; ``knobs`` as for :meth:`generate`."""
+        from hasten.language.generate import infill
+        from hasten.language.params import SamplingParams
+
+        params = SamplingParams(**{"temperature": 0.0, **knobs})
+        return infill(
+            self.executor, self.tokenizer, prefix, suffix, params, eos=self.eos_token_ids, on_token=on_token
+        )
 
     def with_precision(self, precision: str) -> LanguageModel:
         """The same model, to be run at another precision."""

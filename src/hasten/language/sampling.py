@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -74,8 +74,8 @@ class SamplingState:
         self.grammar = grammar
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
         self.stop_ids: frozenset[int] = frozenset(ends)
-        self.counts: np.ndarray | None = None
-        self.prompt_mask: np.ndarray | None = None
+        self.counts: Any = None
+        self.prompt_mask: Any = None
         if params.penalised:
             self.counts = np.zeros(vocab_size, dtype=np.float32)
             self.prompt_mask = np.zeros(vocab_size, dtype=bool)
@@ -240,8 +240,8 @@ def _draw(logits: Tensor, layout: _Layout, draws: Tensor) -> Tensor:
     if layout.sorted.numel():
         part = logits[layout.sorted]
         top_k, top_p = layout.top_k[layout.sorted], layout.top_p[layout.sorted]
-        floor = layout.min_p[layout.sorted] if layout.any_min_p else None
-        out[layout.sorted] = _draw_sorted(torch.softmax(part, -1), top_k, top_p, floor, draws[layout.sorted])
+        limit = layout.min_p[layout.sorted] if layout.any_min_p else None
+        out[layout.sorted] = _draw_sorted(torch.softmax(part, -1), top_k, top_p, limit, draws[layout.sorted])
     return out
 
 
@@ -301,7 +301,7 @@ def _invert(weights: Tensor, draws: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, chosen: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:
-    """Log probabilities of ``chosen`` (rows,) and of the ``wanted[row]`` likeliest tokens, from logits (rows, vocab)."""
+    """Log probabilities of ``chosen`` (rows,) and the ``wanted[row]`` likeliest tokens of logits (rows, vocab)."""
     logs = torch.log_softmax(logits.float(), -1)
     own = logs.gather(-1, chosen[:, None])
     ranks = (logs > own).sum(-1).add_(1).tolist()

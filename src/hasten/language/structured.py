@@ -1,8 +1,8 @@
 """Answers that conform: a JSON schema, a grammar or a regular expression bounds every next token.
 
-A compiled grammar is a pushdown automaton over the vocabulary (XGrammar, Dong et al. 2024, arXiv:2411.15100; the package
-``xgrammar`` is an extra). Before each choice it sets the logits of the tokens that would break the grammar to minus
-infinity, afterwards it moves on by the token that was chosen.
+A compiled grammar is a pushdown automaton over the vocabulary (XGrammar, Dong et al. 2024, arXiv:2411.15100; the
+package ``xgrammar`` is an extra). Before each choice it sets the logits of the tokens that would break the grammar
+to minus infinity, afterwards it moves on by the token that was chosen.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GrammarCompiler:
         self._ends = bool(stops)
 
     def start(self, spec: GrammarSpec) -> GrammarState:
-        """A fresh state at the beginning of an answer. Raises ``InvalidRequestError`` if the specification is broken."""
+        """A fresh state at the beginning of an answer. Raises ``InvalidRequestError`` for a broken specification."""
         try:
             if spec.kind == "json_schema":
                 json.loads(spec.text)

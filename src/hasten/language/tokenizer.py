@@ -46,12 +46,13 @@ def _byte_alphabet() -> dict[str, int]:
 class Tokenizer:
     """A text's tokens, from the state of one ``tokenizer.json`` and the configs beside it.
 
-    ``Tokenizer.from_folder(path)`` reads a model folder. ``state()`` is plain data that makes the same tokenizer in another
-    process. Reading is thread-safe; nothing changes after construction.
+    ``Tokenizer.from_folder(path)`` reads a model folder. ``state()`` is plain data that makes the same tokenizer in
+    another process. Reading is thread-safe; nothing changes after construction.
     """
 
     def __init__(self, tokenizer_json: str, config: Mapping[str, Any] | None = None) -> None:
-        """``config`` holds the fields of tokenizer_config.json, and ``eos_token_ids`` where they are known from elsewhere.
+        """``config`` holds the fields of tokenizer_config.json, and ``eos_token_ids`` where they are known from
+        elsewhere.
 
         Raises :class:`~hasten.errors.ModelLoadError` if the text is not a tokenizer.
         """
@@ -286,8 +287,8 @@ def _clean(text: str) -> str:
 class Detokenizer:
     """Tokens in, text out, one step at a time; a character is held back until it is whole.
 
-    Byte-level vocabularies go through an incremental UTF-8 decoder. Others are decoded with a little context, since there
-    the text of a token can depend on the one before (the two-offset method of text-generation-inference).
+    Byte-level vocabularies go through an incremental UTF-8 decoder. Others are decoded with a little context, since
+    there the text of a token can depend on the one before (the two-offset method of text-generation-inference).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import DataError
 from hasten.measure.files import cache_folder, write_text
-from hasten.measure.machine import Machine
+from hasten.measure.machine import Machine, busy
 
 __all__ = ["Ceilings", "measure_ceilings"]
 
@@ -158,7 +158,8 @@ def measure_ceilings(
     """The roofs of ``device``, from the cache or measured now (about three seconds).
 
     ``size`` bytes of buffer, ``width`` of the square matrices, ``limit`` seconds per quantity. An unreadable cache file
-    is measured over, and a cache that cannot be written only costs the next run its time.
+    is measured over, and a cache that cannot be written only costs the next run its time. On a busy machine the result
+    is used but not kept.
     """
     machine = Machine.detect()
     path = cache_folder() / "ceilings" / f"{machine.hash}-{device.replace(':', '-')}-v{_VERSION}.json"
@@ -168,6 +169,7 @@ def measure_ceilings(
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     roofs = _measure(device, clock or MonotonicClock(), size, width, limit, progress or (lambda stage, share: None))
-    with contextlib.suppress(DataError):
-        write_text(path, json.dumps(roofs.to_json()) + "\n")
+    if not busy():
+        with contextlib.suppress(DataError):
+            write_text(path, json.dumps(roofs.to_json()) + "\n")
     return roofs

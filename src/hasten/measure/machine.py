@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Machine", "load_average"]
+__all__ = ["Machine", "busy", "load_average"]
 
 _ISA = (
     "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
@@ -62,6 +62,15 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def busy() -> bool:
+    """Whether other work shares the cores so heavily that a measurement is not worth keeping.
+
+    True when the load average is over one and a half runnable processes per core.
+    """
+    load = load_average()
+    return load is not None and load > 1.5 * _cores()
 
 
 @dataclass(frozen=True)

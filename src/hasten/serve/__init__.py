@@ -8,7 +8,7 @@ from hasten.budget import SLO
 from hasten.serve import policy, workload
 from hasten.serve.balance import LeastTokens, RoundRobin
 from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan
-from hasten.serve.capacity import Capacity, attainment, capacity
+from hasten.serve.capacity import Capacity, attainment
 from hasten.serve.cost import BudgetChoice, IterationCost
 from hasten.serve.metrics import EffectiveThroughput, RequestRecord, ServingMetrics, summarise
 from hasten.serve.policy import Policy
@@ -52,7 +52,6 @@ __all__ = [
     "WorkerConfig",
     "Workload",
     "attainment",
-    "capacity",
     "client",
     "pipeline",
     "policy",

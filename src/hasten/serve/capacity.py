@@ -16,8 +16,10 @@ import numpy as np
 from hasten.budget import SLO
 from hasten.errors import ConfigurationError
 from hasten.serve.metrics import ServingMetrics
+from hasten.serve.simulate import Simulator
+from hasten.serve.workload import Workload
 
-__all__ = ["Capacity", "attainment", "capacity", "search"]
+__all__ = ["Capacity", "attainment", "capacity", "search", "simulated"]
 
 Accept = Callable[[ServingMetrics], bool]
 
@@ -64,6 +66,24 @@ def attainment(slo: SLO, share: float = 0.9) -> Accept:
     if not 0 < share <= 1:
         raise ConfigurationError(f"share is {share}; give the part of requests that must be good, such as 0.9")
     return lambda metrics: metrics.slo_attainment >= share
+
+
+def simulated(simulator: Simulator, rows: Workload, requests: int = 600) -> Callable[[float, int], ServingMetrics]:
+    """What :func:`capacity` runs: ``requests`` rows drawn with the seed, Poisson arrivals at the rate, simulated.
+
+    >>> from hasten.serve import IterationCost, workload
+    >>> from hasten.serve.policy import StallFree
+    >>> server = Simulator(IterationCost.preset("opt-13b/a100"), StallFree(token_budget=384))
+    >>> run = simulated(server, workload.sample("code", requests=500), requests=60)
+    >>> 1.0 < capacity(run, SLO(tbt="100ms", queue="2s@p50"), tolerance=0.1).mean < 6.0
+    True
+    """
+
+    def run(rate: float, seed: int) -> ServingMetrics:
+        load = rows.resampled(requests, seed=seed).at_rate(rate, seed=seed + 1000)
+        return simulator.run(load).metrics
+
+    return run
 
 
 def search(

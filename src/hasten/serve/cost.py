@@ -4,9 +4,10 @@ An iteration either waits for memory (weights once, then the keys and values of 
 
     t      = max(t_mem, t_comp)
     t_mem  = m0 + m1·context + m2·sequences
-    t_comp = a  + b·tokens   + c·Σ length·(2·context + length) + m1·context
+    t_comp = a  + b·tokens   + c·Σ length·(2·context + length) + m1·context + d·context of pieces
 
-summed over the chunks ``(context, length)`` of the batch: ``context`` tokens are in the cache, ``length`` are computed.
+summed over chunks ``(context, length)``: ``context`` tokens are in the cache, ``length`` are computed; a piece is a
+chunk of several tokens, whose kernel gathers its context first.
 Coefficients are fitted by non-negative least squares on the relative error over measured batches. One cost drives the
 simulator, the choice of the token budget, and the tuner. Seconds and tokens throughout.
 """
@@ -37,7 +38,7 @@ Chunks = Sequence[tuple[int, int]]
 Sample = tuple[Chunks, float]
 """one measured batch and its seconds"""
 
-_FORMAT = "hasten/iteration-cost/1"
+_FORMAT = "hasten/iteration-cost/2"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class IterationCost:
     """seconds per computed token"""
     c: float = 0.0
     """attention, seconds per (query, key) pair, halved"""
+    d: float = 0.0
+    """gathering the context of a piece, seconds per token of it"""
     report: FitReport | None = field(default=None, compare=False)
     """how it was fitted, where it was"""
 
@@ -108,38 +111,40 @@ class IterationCost:
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ConfigurationError(f"coefficient {name} is {value!r}; a cost needs finite numbers of at least 0")
 
-    def seconds(self, context: float, sequences: float, tokens: float, attention: float) -> float:
-        """Seconds from the sums over a batch; ``attention`` is ``Σ length·(2·context + length)``. Nothing costs 0."""
+    def seconds(
+        self, context: float, sequences: float, tokens: float, attention: float, gathered: float = 0.0
+    ) -> float:
+        """Seconds from the sums over a batch, as :meth:`sums` gives them. Nothing costs 0."""
         if tokens <= 0:
             return 0.0
         reading = self.m1 * context
         memory = self.m0 + reading + self.m2 * sequences
-        compute = self.a + self.b * tokens + self.c * attention + reading
+        compute = self.a + self.b * tokens + self.c * attention + reading + self.d * gathered
         return memory if memory > compute else compute
 
     def time(self, chunks: Chunks) -> float:
         """Seconds of one iteration over ``chunks``, given as ``(context, length)``."""
-        context = tokens = attention = 0
+        return self.seconds(*self.sums(chunks))
+
+    def times(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds of many iterations; ``sums`` (batches, 5) holds what :meth:`sums` gives for each."""
+        context, sequences, tokens, attention, gathered = np.asarray(sums, dtype=np.float64).T
+        reading = self.m1 * context
+        memory = self.m0 + reading + self.m2 * sequences
+        compute = self.a + self.b * tokens + self.c * attention + reading + self.d * gathered
+        return np.where(tokens > 0, np.maximum(memory, compute), 0.0)
+
+    @staticmethod
+    def sums(chunks: Chunks) -> tuple[int, int, int, int, int]:
+        """All that a cost looks at: context, sequences, tokens, attention and context of pieces of a batch."""
+        context = tokens = attention = gathered = 0
         for past, length in chunks:
             context += past
             tokens += length
             attention += length * (2 * past + length)
-        return self.seconds(context, len(chunks), tokens, attention)
-
-    def times(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds of many iterations; ``sums`` (batches, 4) holds context, sequences, tokens and attention of each."""
-        context, sequences, tokens, attention = np.asarray(sums, dtype=np.float64).T
-        reading = self.m1 * context
-        memory = self.m0 + reading + self.m2 * sequences
-        compute = self.a + self.b * tokens + self.c * attention + reading
-        return np.where(tokens > 0, np.maximum(memory, compute), 0.0)
-
-    @staticmethod
-    def sums(chunks: Chunks) -> tuple[int, int, int, int]:
-        """Context, sequences, tokens and attention of a batch: all that a cost looks at."""
-        context = sum(past for past, _ in chunks)
-        tokens = sum(length for _, length in chunks)
-        return context, len(chunks), tokens, sum(length * (2 * past + length) for past, length in chunks)
+            if length > 1:
+                gathered += past
+        return context, len(chunks), tokens, attention, gathered
 
     # --- fitting -----------------------------------------------------------------------------------------------------
 
@@ -149,7 +154,7 @@ class IterationCost:
 
         Which of the two lines a batch lies on is unknown, so the fit alternates: assign every batch to the larger of
         the two predictions, solve the joint non-negative least squares on relative error, repeat; from several starts,
-        keep the best. Raises :class:`~hasten.errors.DataError` for fewer than 6 usable samples.
+        keep the best. Raises :class:`~hasten.errors.DataError` for fewer than 7 usable samples.
         """
         usable = [(chunks, t) for chunks, t in samples if chunks and math.isfinite(t) and t > 0]
         if len(usable) < len(_COEFFICIENTS):
@@ -246,7 +251,8 @@ class IterationCost:
         attention = piece * (2 * past + piece) + 2 * held + decodes
         sequences = decodes + (piece > 0)
         tokens = np.full_like(decodes, token_budget)
-        return float(self.times(np.stack([held + past, sequences, tokens, attention], axis=1)).max())
+        gathered = np.where(piece > 1, past, 0.0)
+        return float(self.times(np.stack([held + past, sequences, tokens, attention, gathered], axis=1)).max())
 
     def budget_for(
         self,
@@ -376,7 +382,7 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-_COEFFICIENTS = ("m0", "m1", "m2", "a", "b", "c")
+_COEFFICIENTS = ("m0", "m1", "m2", "a", "b", "c", "d")
 
 PRESETS: dict[str, IterationCost] = {
     # DistServe (Zhong et al., OSDI 2024, arXiv:2401.09670), repository LLMServe/DistServe, simdistserve's fitted
@@ -395,7 +401,7 @@ PRESETS: dict[str, IterationCost] = {
 
 
 def _nonnegative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exact by trying every support: with at most six columns that is 63 small solves."""
+    """Exact by trying every support: with seven columns that is 127 small solves."""
     columns = matrix.shape[1]
     gram, moment = matrix.T @ matrix, matrix.T @ target
     best, best_loss = np.zeros(columns), float(target @ target)
@@ -417,10 +423,10 @@ def _nonnegative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.f
 
 
 def _fit_max(sums: NDArray[np.float64], measured: NDArray[np.float64]) -> IterationCost:
-    context, sequences, tokens, attention = sums.T
+    context, sequences, tokens, attention, gathered = sums.T
     one, zero = np.ones(len(sums)), np.zeros(len(sums))
-    memory = np.stack([one, context, sequences, zero, zero, zero], axis=1)
-    compute = np.stack([zero, context, zero, one, tokens, attention], axis=1)
+    memory = np.stack([one, context, sequences, zero, zero, zero, zero], axis=1)
+    compute = np.stack([zero, context, zero, one, tokens, attention, gathered], axis=1)
     scale = np.maximum(np.abs(memory).max(axis=0), np.abs(compute).max(axis=0))
     scale[scale == 0] = 1.0
     memory, compute = memory / scale / measured[:, None], compute / scale / measured[:, None]

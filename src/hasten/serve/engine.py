@@ -4,9 +4,9 @@ One step: observe, decide, preempt, give blocks, one ragged forward, sample, han
 sequence has known tokens and computed tokens, and the chunk that lets the second reach the first yields a new token.
 Invariant: after every step the block pool is whole and holds only blocks of running sequences.
 
-A request's life: ``add`` puts it into ``waiting``; the policy admits it by giving it a chunk, and it takes the blocks of
-any prefix that the cache knows; chunks follow until prompt and answer are computed; it ends by a stop token, its length,
-``cancel`` or an error, and its blocks are free at once.
+A request's life: ``add`` puts it into ``waiting``; the policy admits it by giving it a chunk, and it takes the
+blocks of any prefix that the cache knows; chunks follow until prompt and answer are computed; it ends by a stop
+token, its length, ``cancel`` or an error, and its blocks are free at once.
 """
 
 from __future__ import annotations
@@ -140,11 +140,12 @@ class Engine:
         max_records: int = 100_000,
         prefix_sharing: bool = True,
     ) -> None:
-        """``model``: a language model, or an executor alone. ``policy``: by default stall-free with a budget of 512 tokens.
+        """``model``: a language model, or an executor alone. ``policy``: by default stall-free with a budget of 512
+        tokens.
 
-        ``num_blocks``: by default as many as ``max_num_seqs`` full contexts need, within 1 GiB. ``deterministic`` insists
-        on an executor whose results do not depend on the rest of the batch. ``seed`` fixes what requests without a seed draw.
-        ``max_records``: how many finished requests ``records`` keeps.
+        ``num_blocks``: by default as many as ``max_num_seqs`` full contexts need, within 1 GiB. ``deterministic``
+        insists on an executor whose results do not depend on the rest of the batch. ``seed`` fixes what requests
+        without a seed draw. ``max_records``: how many finished requests ``records`` keeps.
         """
         self.model = model
         self.executor = getattr(model, "executor", model)
@@ -205,10 +206,11 @@ class Engine:
     ) -> int:
         """Take a request; returns the number of its sequence.
 
-        ``arrival`` (seconds on the engine's clock) is now by default. ``follow`` names a sequence with the same prompt: the
-        new one waits until that has computed the prompt, and shares its blocks. ``grammar`` is what ``compile_grammar`` made
-        of ``params.grammar``, where that was done beforehand. Raises
-        :class:`~hasten.errors.InvalidRequestError` and :class:`~hasten.errors.ContextLengthError`; nothing changed then.
+        ``arrival`` (seconds on the engine's clock) is now by default. ``follow`` names a sequence with the same
+        prompt: the new one waits until that has computed the prompt, and shares its blocks. ``grammar`` is what
+        ``compile_grammar`` made of ``params.grammar``, where that was done beforehand. Raises
+        :class:`~hasten.errors.InvalidRequestError` and :class:`~hasten.errors.ContextLengthError`; nothing changed
+        then.
         """
         params = params or SamplingParams()
         self.check(prompt_tokens, params)
@@ -428,7 +430,7 @@ class Engine:
     def _build(
         self, work: list[tuple[_Track, int, int]]
     ) -> tuple[RaggedBatch, list[tuple[_Track, int]], list[tuple[int, int, int]]]:
-        """The batch, the tracks that get a token with their logit rows, and (work, first row, rows) of prompt logprobs."""
+        """The batch, the tracks that get a token with their rows, and (work, first row, rows) of prompt logprobs."""
         size = self.block_size
         width = blocks_for(max(end for _, _, end in work), size)
         plain = all(end - start == 1 and end == t.request.known and t.prompt_logprobs is None for t, start, end in work)
@@ -603,12 +605,12 @@ class Engine:
         self._idle_steps += 1
         if self._idle_steps > (64 if preempted else 8) and not outputs:
             raise EngineError(
-                f"policy {self.policy.name!r} planned nothing {self._idle_steps} times with {self.num_running} running and "
-                f"{self.num_waiting} waiting sequences and {self.pool.num_free} free blocks; raise num_blocks or change the policy"
+                f"policy {self.policy.name!r} planned nothing {self._idle_steps} times: {self.num_running} running, "
+                f"{self.num_waiting} waiting, {self.pool.num_free} blocks free; raise num_blocks"
             )
 
     def reset(self) -> None:
-        """Forget counters, records and cached prefixes, as after a warm-up. Raises ``EngineError`` while sequences live."""
+        """Forget counters, records and cached prefixes, as after a warm-up. ``EngineError`` while sequences live."""
         if self._tracks:
             raise EngineError(f"{len(self._tracks)} sequences live; reset an engine that is idle")
         self.counters = EngineStats()

@@ -1,9 +1,9 @@
 """The front's side of an engine process: submits requests, hands out their news, keeps the process alive.
 
-Everything runs on one asyncio loop. A request is a :class:`Ticket` over one or more sequences; its news wait in a bounded
-list until the handler takes them, so a reader that stops reading costs a fixed amount of memory and is then cancelled.
-When the engine process ends, every open ticket fails with ``EngineDeadError`` and another process is started, after a
-delay that doubles with each failure.
+Everything runs on one asyncio loop. A request is a :class:`Ticket` over one or more sequences; its news wait in a
+bounded list until the handler takes them, so a reader that stops reading costs a fixed amount of memory and is then
+cancelled. When the engine process ends, every open ticket fails with ``EngineDeadError`` and another process is
+started, after a delay that doubles with each failure.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class AsyncEngine:
         restart_delay: float = 0.25,
         clock: Clock | None = None,
     ) -> None:
-        """``max_queue``: sequences that may wait beyond those that run. ``max_pending``: news that one reader may leave."""
+        """``max_queue``: sequences that may wait beyond those that run. ``max_pending``: news a reader may leave."""
         self.config = config
         self.max_queue = max_queue
         self.clock: Clock = clock or MonotonicClock()
@@ -220,6 +220,9 @@ class AsyncEngine:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        if self.config.threads:  # before the libraries are loaded, which is when they read it
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+                environment[name] = str(self.config.threads)
         begin = self.clock.now()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hasten.serve.worker", str(theirs.fileno())],
@@ -296,7 +299,7 @@ class AsyncEngine:
                 logger.info("the engine is ready again")
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait until those that run have ended; False if ``timeout`` seconds were not enough."""
+        """Take no more requests and wait for those that run; False if ``timeout`` seconds were not enough."""
         if self.state != "stopped":
             self.state = "draining"
         try:
@@ -357,7 +360,7 @@ class AsyncEngine:
         free = max(0, self.config.max_num_seqs - (len(self._tickets) - len(self._waiting)))
         if count > self.max_queue + self.config.max_num_seqs:
             raise InvalidRequestError(
-                f"the request asks for {count} answers; this server holds {self.max_queue + self.config.max_num_seqs} at once",
+                f"the request asks for {count} answers; this server holds {self.max_queue + self.config.max_num_seqs}",
                 "n",
             )
         if len(self._waiting) + count > self.max_queue + free:
@@ -379,8 +382,9 @@ class AsyncEngine:
     ) -> Ticket:
         """Start ``copies`` sequences for each prompt; sequence ``p * copies + c`` is copy ``c`` of prompt ``p``.
 
-        Copies share their prompt's blocks and draw from seeds of their own. Raises ``RequestError`` for what is wrong with the
-        request, ``OverloadedError``, ``EngineStoppingError`` or ``EngineDeadError`` for what is wrong here.
+        Copies share their prompt's blocks and draw from seeds of their own. Raises ``RequestError`` for what is
+        wrong with the request, ``OverloadedError``, ``EngineStoppingError`` or ``EngineDeadError`` for what is
+        wrong here.
         """
         assert self.info is not None or self.state != "ready"
         self.check_open(len(prompts) * copies)
@@ -390,7 +394,7 @@ class AsyncEngine:
         requests = []
         names = []
         for prompt in prompts:
-            leader = None
+            leader: int | None = None
             for copy in range(copies):
                 name = self._next
                 self._next += 1

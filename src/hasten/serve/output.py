@@ -98,8 +98,8 @@ class Completion:
 class AnswerText:
     """Text of one answer as its tokens come in.
 
-    ``push`` returns the text that is certain. ``stopped`` is set when a stop string was met: the caller then cancels the
-    sequence and reports ``stop``. Tokens pushed after that give nothing.
+    ``push`` returns the text that is certain. ``stopped`` is set when a stop string was met: the caller then
+    cancels the sequence and reports ``stop``. Tokens pushed after that give nothing.
     """
 
     __slots__ = ("_detokenizer", "_include", "_stops", "stopped")

@@ -76,7 +76,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigurationError(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another --port, 0 takes a free one"
+            f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another --port, or 0"
         ) from error
     listener.listen(2048)
     return listener
@@ -115,7 +115,7 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
             yield
 
     settings = uvicorn.Config(
-        App(state),  # type: ignore[arg-type]
+        App(state),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -247,9 +247,9 @@ def start(
     """Start a server for ``model`` in a process of its own and return when it is ready.
 
     ``settings`` are the fields of :class:`ServerConfig` and :class:`~hasten.serve.worker.WorkerConfig`: ``policy``,
-    ``token_budget``, ``slo``, ``max_num_seqs``, ``num_blocks``, ``threads``, ``max_queue``, ``api_key`` … ``port`` 0 takes a
-    free one. Raises :class:`~hasten.errors.EngineDeadError` with the end of its log if it ends or is not ready within
-    ``timeout`` seconds, ``ConfigurationError`` for an unknown setting.
+    ``token_budget``, ``slo``, ``max_num_seqs``, ``num_blocks``, ``threads``, ``max_queue``, ``api_key`` … ``port``
+    0 takes a free one. Raises :class:`~hasten.errors.EngineDeadError` with the end of its log if it ends or is not
+    ready within ``timeout`` seconds, ``ConfigurationError`` for an unknown setting.
     """
     clock = clock or MonotonicClock()
     unknown = sorted(set(settings) - _SERVER_FIELDS - _WORKER_FIELDS)

@@ -164,7 +164,7 @@ class SimulatedEngine:
         if not plan.chunks:
             return now if plan.preempt else None  # a step that only lets go takes no time
         size, free, live = self.block_size, self.free, self._live
-        context = tokens = attention = 0
+        context = tokens = attention = gathered = 0
         admitted = 0
         for chunk in plan.chunks:
             seq, begin, length = live[chunk.seq], chunk.start, chunk.length
@@ -187,6 +187,8 @@ class SimulatedEngine:
             context += begin
             tokens += length
             attention += length * (begin + end)
+            if length > 1:
+                gathered += begin
         if free < 0:
             raise EngineError(f"policy {self.policy.name} planned {-free} cache blocks more than there are free")
         self.free = free
@@ -198,7 +200,7 @@ class SimulatedEngine:
                 self.waiting[:] = [seq for seq in self.waiting if seq.status is not Status.RUNNING]
             if len(self.running) > self.peak_running:
                 self.peak_running = len(self.running)
-        seconds = self.cost.seconds(context, len(plan.chunks), tokens, attention) + self.overhead
+        seconds = self.cost.seconds(context, len(plan.chunks), tokens, attention, gathered) + self.overhead
         self.steps.append((now, seconds, tokens, len(plan.chunks)))
         self._plan = plan
         self.busy_until = now + seconds

@@ -1,8 +1,8 @@
 """The engine process: loads a model, then answers the front's messages between steps.
 
 The loop: take what has come, one step, send its news as one message. With nothing to do it waits at the socket. It
-ends when the front closes the socket; signals are the front's business. Whatever the loop raises ends the process, and the
-front starts another. Start-up is reported phase by phase.
+ends when the front closes the socket; signals are the front's business. Whatever the loop raises ends the process,
+and the front starts another. Start-up is reported phase by phase.
 """
 
 from __future__ import annotations

@@ -368,7 +368,7 @@ def sample(
     Log-normal lengths around the medians published for the Azure LLM inference traces of 2023 ("Splitwise: Efficient
     Generative LLM Inference Using Phase Splitting", Patel et al., ISCA 2024, arXiv:2311.18677, figure 3):
     conversation has a median prompt of 1,020 and answer of 129 tokens, code 1,500 and 13. The spread of the logarithm
-    and the cuts are ours, chosen for tails like theirs. Prompt and answer are independent, arrivals are a Gamma process.
+    and the cuts are ours, chosen for tails like theirs. Prompt and answer are independent, arrivals a Gamma process.
 
     >>> sample("code", requests=500).describe()["requests"]
     500

@@ -21,7 +21,7 @@ from hasten.budget import SLO
 from hasten.clock import Clock, MonotonicClock, ProcessorClock
 from hasten.errors import HastenError
 from hasten.serve import workload
-from hasten.serve.capacity import Capacity, capacity
+from hasten.serve.capacity import Capacity, capacity, simulated
 from hasten.serve.cost import IterationCost
 from hasten.serve.metrics import ServingMetrics
 from hasten.serve.policy import Orca, Policy, PrefillFirst, RequestLevel, SplitFuse, StallFree
@@ -191,13 +191,7 @@ def no_stall(scale: Scale) -> Iterator[Check]:
 
 
 def _serve(policy: Policy, rows: Workload, requests: int) -> Callable[[float, int], ServingMetrics]:
-    simulator = Simulator(IterationCost.preset(PRESET), policy, blocks=BLOCKS)
-
-    def at(rate: float, seed: int) -> ServingMetrics:
-        load = rows.resampled(requests, seed=seed).at_rate(rate, seed=seed + 1000)
-        return simulator.run(load).metrics
-
-    return at
+    return simulated(Simulator(IterationCost.preset(PRESET), policy, blocks=BLOCKS), rows, requests)
 
 
 def tail(scale: Scale) -> Iterator[Check]:

@@ -82,7 +82,8 @@ class TuneResult:
             detail = f"; closest is {near.name}: {'; '.join(near.violations)}" if near is not None else ""
             return f"no candidate meets {self.budget}{detail}"
         if not self.recipe.techniques:
-            return f"the unchanged model is the best that meets {self.budget}; no technique helps here"
+            kept = f"the unchanged model meets {self.budget}"
+            return f"{kept}, and no measured recipe does better; nothing needs to be given up"
         quality = f"{100 * self.best.values['quality']:.2f} % of the quality kept"
         speed = self.comparison.verdict(self.best.name) if self.comparison is not None else ""
         return f"{self.best.name} meets {self.budget} with {quality}; {speed}"

@@ -157,7 +157,7 @@ class Search:
             study.enqueue_trial(dict(queue.pop(0)))
         while True:
             trial, point = self._ask(study)
-            if key_of(point) not in done:
+            if key_of(point) not in done and self.space.allowed(point):
                 return trial, point
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             fresh = next((p for p in rest if key_of(p) not in done), None)

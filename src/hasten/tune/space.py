@@ -54,13 +54,15 @@ class Space:
 
     knobs: tuple[Knob, ...]
     """a condition may look at earlier knobs only"""
+    allowed: Callable[[Point], bool] = lambda point: True
+    """which whole points make sense; the others are never visited"""
 
     def __post_init__(self) -> None:
         if len({k.name for k in self.knobs}) != len(self.knobs):
             raise ConfigurationError("two knobs of one space have the same name; rename one")
 
     def build(self, choose: Callable[[str, Sequence[Any]], Any]) -> dict[str, Any]:
-        """A point, asking ``choose(name, choices)`` for each knob that matters."""
+        """A point, asking ``choose(name, choices)`` for each knob that matters; it may not be an allowed one."""
         point: dict[str, Any] = {}
         for knob in self.knobs:
             if knob.when(point):
@@ -69,7 +71,7 @@ class Space:
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Every point once, in order."""
-        yield from self._extend({}, 0)
+        yield from filter(self.allowed, self._extend({}, 0))
 
     def _extend(self, point: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
         if index == len(self.knobs):
@@ -125,7 +127,10 @@ def serving_space(
     max_num_seqs: Sequence[int] = (8, 16, 32, 64),
     policies: Sequence[str] = ("stall-free",),
 ) -> Space:
-    """Knobs of a server: policy, tokens per step, precision of the weights, sequences that run together."""
+    """Knobs of a server: policy, tokens per step, precision of the weights, sequences that run together.
+
+    A step that has fewer tokens than there are decoding sequences starves some of them; such points are left out.
+    """
 
     def budgeted(point: Point) -> bool:
         return point["policy"] in ("stall-free", "splitfuse", "token-budget")
@@ -136,5 +141,6 @@ def serving_space(
             Knob("precision", tuple(precisions)),
             Knob("max_num_seqs", tuple(max_num_seqs)),
             Knob("token_budget", tuple(token_budgets), budgeted),
-        )
+        ),
+        allowed=lambda point: point.get("token_budget", point["max_num_seqs"]) >= point["max_num_seqs"],
     )

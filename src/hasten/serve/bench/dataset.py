@@ -17,7 +17,7 @@ __all__ = ["Prompt", "custom", "prompts_of", "random_specs"]
 
 _BLOCK = 512
 """tokens that one name of a shared prefix stands for (Mooncake's traces)"""
-_WORDS = "the a of to and in is it you that he was for on are with as his they be at one have this from".split()
+_WORDS = ("the", "a", "of", "to", "and", "in", "is", "it", "you", "that", "he", "was", "for", "on", "are", "with", "as")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ def prompts_of(
 ) -> list[Prompt]:
     """Prompts with the lengths of ``specs``: random tokens, equal where the specs share prefix names.
 
-    ``vocabulary``: first and behind-the-last id to draw from; the default is valid for every common model. ``as_text`` writes
-    as many common words instead, for endpoints that take no ids; the server's count is then the one that holds.
+    ``vocabulary``: first and behind-the-last id to draw from; the default is valid for every common model.
+    ``as_text`` writes as many common words instead, for endpoints that take no ids; the server's count is then the
+    one that holds.
     """
     rng = np.random.default_rng(seed)
     low, high = vocabulary

@@ -176,7 +176,7 @@ async def closed_loop(
     progress: Callable[[], None] | None = None,
     **fields: Any,
 ) -> list[RequestRecord]:
-    """Let ``clients`` work through ``workload``, each sending its next request when it has its answer; see ``replay``."""
+    """Let ``clients`` work through ``workload``, each sending its next request after its answer; see ``replay``."""
     if clients < 1:
         raise ConfigurationError(f"clients is {clients}; at least one must ask")
     clock = clock or MonotonicClock()

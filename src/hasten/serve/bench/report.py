@@ -65,7 +65,7 @@ def result_json(
     settings: dict[str, Any] | None = None,
     detailed: bool = False,
 ) -> dict[str, Any]:
-    """Everything under vLLM's keys; latencies in milliseconds there, lists of ``detailed`` in seconds as vLLM has them."""
+    """Everything under vLLM's keys: latencies in milliseconds, the lists of ``detailed`` in seconds, as there."""
     summary = summarise(records, slo, duration)
     plain = summary.to_vllm_json()
     out: dict[str, Any] = dict(settings or {})

@@ -1,7 +1,8 @@
 """A lean HTTP/1.1 client for streams: it shares the machine with the server it measures, so a token must cost little.
 
 One asyncio protocol per connection, kept alive between requests. The arrival of bytes is stamped once per read, before
-anything is parsed; tokens that arrive in one read share its time. Most events are recognised without parsing their JSON.
+anything is parsed; tokens that arrive in one read share its time. Most events are recognised without parsing their
+JSON.
 """
 
 from __future__ import annotations

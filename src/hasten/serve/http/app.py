@@ -1,4 +1,4 @@
-"""The ASGI application: routes, key, size of bodies, errors. Plain ASGI, since streams pass through it token by token."""
+"""The ASGI application: routes, key, size of bodies, errors. Plain ASGI, since every token passes through it."""
 
 from __future__ import annotations
 

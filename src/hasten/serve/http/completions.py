@@ -1,7 +1,8 @@
 """POST /v1/completions and /v1/chat/completions: one way through for both, whole or streamed.
 
 Life of a request: body → schema → tokens and knobs → ticket → news → answers → JSON or server-sent events. The
-connection is watched meanwhile: when the client goes, the ticket is cancelled and its blocks are free before the next step.
+connection is watched meanwhile: when the client goes, the ticket is cancelled and its blocks are free before the
+next step.
 """
 
 from __future__ import annotations
@@ -369,7 +370,8 @@ class _Events:
             content = f'"text":{dumps(text)}'
         finish = "null" if piece.finish is None else f'"{piece.finish}"'
         stop = "null" if piece.stop_reason is None else dumps(piece.stop_reason)
-        choice = f'[{{"index":{answer.index},{content},"logprobs":{logprobs},"finish_reason":{finish},"stop_reason":{stop}}}]'
+        ends = f'"finish_reason":{finish},"stop_reason":{stop}'
+        choice = f'[{{"index":{answer.index},{content},"logprobs":{logprobs},{ends}}}]'
         tail = ""
         if self._always:
             tail += ',"usage":' + dumps(usage_of(job.prompts, self._answers))

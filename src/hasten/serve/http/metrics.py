@@ -1,6 +1,7 @@
 """GET /metrics: the engine's counters as Prometheus text, under vLLM's names.
 
-The prefix is ``hasten_`` unless the user asks for another, such as ``vllm:`` so that dashboards made for vLLM work as they are.
+The prefix is ``hasten_`` unless the user asks for another, such as ``vllm:`` so that dashboards made for vLLM work
+as they are.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _grammar(request: Sampling) -> GrammarSpec | None:
 def sampling_params(
     request: Sampling, *, max_tokens: int, logprobs: int | None, defaults: dict[str, Any]
 ) -> SamplingParams:
-    """The knobs of a request; what it leaves open comes from ``defaults`` (the server's), then from the API's defaults."""
+    """The knobs of a request; what it leaves open comes from ``defaults`` (the server's), then from the API."""
 
     def given(name: str, standard: Any) -> Any:
         value = getattr(request, name)

@@ -1,6 +1,7 @@
 """Bodies of requests and responses; the OpenAPI document is made from these.
 
-Field names are OpenAI's; those below the line "beyond OpenAI" are vLLM's. Unknown fields are ignored, as other servers do.
+Field names are OpenAI's; those below the line "beyond OpenAI" are vLLM's. Unknown fields are ignored, as other
+servers do.
 """
 
 from __future__ import annotations
