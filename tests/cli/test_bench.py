@@ -30,7 +30,16 @@ def test_table_and_file(url, tmp_path):
     result = bench(
         *("--base-url", url, "--num-prompts", "10", "--random-input-len", "20", "--random-output-len", "6"),
         *("--request-rate", "200", "--goodput", "ttft:5000 tpot:5000", "--metric-percentiles", "50,99"),
-        *("--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json", "--save-detailed", "--seed", "3"),
+        *(
+            "--save-result",
+            "--result-dir",
+            str(tmp_path),
+            "--result-filename",
+            "r.json",
+            "--save-detailed",
+            "--seed",
+            "3",
+        ),
     )
     assert result.exit_code == 0
     assert "Successful requests:                     10" in result.stdout

@@ -41,7 +41,8 @@ def test_options(configuration):
     assert config.api_key == "sesame"
     assert config.drain_timeout == 120.0
     assert config.worker.cache_bytes == 2**30
-    assert config.worker.options == {"dtype": "int8", "device": "cpu", "deterministic": True}
+    assert config.worker.options == {"dtype": "int8", "device": "cpu"}
+    assert config.worker.deterministic
     assert (config.worker.policy, config.worker.token_budget, config.worker.max_num_seqs) == ("splitfuse", 256, 16)
 
 

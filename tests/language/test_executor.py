@@ -4,7 +4,7 @@ import pytest
 import torch
 from hasten.errors import ConfigurationError
 from hasten.language.config import DecoderConfig
-from hasten.language.load import random_model
+from hasten.language.loading import random_model
 from hasten.language.ragged import RaggedBatch
 
 CONFIG = DecoderConfig(

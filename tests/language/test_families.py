@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hasten.language.load import load
+from hasten.language.loading import load
 from hasten.language.ragged import RaggedBatch
 
 transformers = pytest.importorskip("transformers")

@@ -72,6 +72,15 @@ def test_regex_and_grammar(compiler, seed):
     assert write(compiler, GrammarSpec("grammar", 'root ::= "yes" | "no"'), seed) in ("yes", "no")
 
 
+def test_a_json_object_is_an_object(compiler):
+    state = compiler.start(GrammarSpec("json_object"))
+    logits = torch.zeros(264)
+    state.mask(logits)
+    allowed = tokenizer().decode((logits == 0).nonzero()[:, 0].tolist())
+    assert "{" in allowed
+    assert "[" not in allowed
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -117,3 +117,23 @@ def fake_model(delay: float = 0.0, max_context: int = 512, **options: Any) -> Si
 def load(path: str, **options: Any) -> SimpleNamespace:
     """What a worker of the tests calls instead of ``hasten.language.load``; ``path`` holds the options as JSON."""
     return fake_model(**json.loads(path or "{}"))
+
+
+def load_tiny(path: str, **options: Any) -> Any:
+    """A real decoder with random weights and the tokenizer of the fake model, for a worker that calibrates."""
+    from hasten.language.config import DecoderConfig
+    from hasten.language.loading import random_model
+
+    config = DecoderConfig(
+        vocab_size=264,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        max_position_embeddings=256,
+    )
+    model = random_model(config, name="tiny", dtype="fp32", weights=torch.float32)
+    model.__dict__["tokenizer"] = fake_tokenizer()
+    return model

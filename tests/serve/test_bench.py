@@ -1,4 +1,4 @@
-"""The benchmark client: lengths and times are right, failures are records, and any chunking of the stream reads the same."""
+"""The benchmark client: lengths and times are right, failures are records, any chunking of a stream reads the same."""
 
 import asyncio
 import json
@@ -48,7 +48,9 @@ def test_closed_loop_keeps_its_number_of_clients(start_fake):
 
 def test_concurrency_is_bounded_and_progress_is_told(server):
     done = []
-    records = run(server.url, prompts_of(SPECS), request_rate=float("inf"), max_concurrency=1, progress=lambda: done.append(1))
+    records = run(
+        server.url, prompts_of(SPECS), request_rate=float("inf"), max_concurrency=1, progress=lambda: done.append(1)
+    )
     ordered = sorted(records, key=lambda r: r.arrival)
     assert all(a.token_times[-1] <= b.arrival for a, b in zip(ordered, ordered[1:], strict=False))
     assert len(done) == 12
@@ -178,7 +180,9 @@ def record(ttft, tpot, tokens=3):
 
 def test_the_result_has_vllms_keys_and_units():
     slo = goodput_slo(["ttft:200", "tpot:50"])
-    out = result_json([record(0.1, 0.01), record(0.5, 0.01)], duration=2.0, slo=slo, percentiles=(50, 99), detailed=True)
+    out = result_json(
+        [record(0.1, 0.01), record(0.5, 0.01)], duration=2.0, slo=slo, percentiles=(50, 99), detailed=True
+    )
     assert out["request_goodput"] == 0.5
     assert out["request_throughput"] == 1.0
     assert out["mean_ttft_ms"] == pytest.approx(300)

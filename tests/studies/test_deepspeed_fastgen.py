@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hasten.language.config import DecoderConfig
-from hasten.language.load import random_model
+from hasten.language.loading import random_model
 from hasten.serve.policy import SplitFuse
 from hasten.studies import deepspeed_fastgen as subject
 from hasten.studies._serving import one_thread

@@ -11,7 +11,7 @@ import torch
 from hasten.clock import ProcessorClock
 from hasten.errors import DataError
 from hasten.language.config import DecoderConfig
-from hasten.language.load import random_model
+from hasten.language.loading import random_model
 from hasten.language.params import SamplingParams
 from hasten.serve import Chunk, Observation, RequestSpec, Sequence, StepPlan
 from hasten.serve.engine import Engine

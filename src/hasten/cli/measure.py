@@ -55,7 +55,7 @@ def measure(
                 progress=told,
             )  # fmt: skip
         else:
-            from hasten.cli.language_report import measure_language
+            from hasten.serve.measurement import measure_language
             from hasten.language import load
 
             loaded = load(model, device=device, dtype=dtype)

@@ -56,8 +56,6 @@ def serve(
     if slo is not None:
         SLO.parse(slo)  # a slip of the pen should not cost a start-up
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    if deterministic:
-        options["deterministic"] = True
     template = None
     if chat_template is not None:
         if not chat_template.is_file():

@@ -22,7 +22,7 @@ def train_lm(
 ) -> None:
     """Train a small language model; the log and the checkpoint stay beside it."""
     from hasten.errors import ConfigurationError
-    from hasten.language.load import EMBEDDED
+    from hasten.language.loading import EMBEDDED
     from hasten.language.pycode import train_pycode
     from hasten.train import LMTraining
 

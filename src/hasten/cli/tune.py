@@ -63,7 +63,7 @@ def tune(
             result = tune_module(build(model), [example], budget, storage=storage, time_limit=limit, progress=told)
             page = None
         else:
-            from hasten.cli.serving_search import search
+            from hasten.tune.language import search
 
             result = search(
                 model,

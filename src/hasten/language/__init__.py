@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from hasten.language.config import DecoderConfig
     from hasten.language.decoder import Decoder
     from hasten.language.executor import Executor, KVCache
-    from hasten.language.load import LanguageModel, load, random_model
+    from hasten.language.loading import LanguageModel, load, random_model
     from hasten.language.ragged import RaggedBatch
     from hasten.language.sampling import SamplingParams
     from hasten.language.tokenizer import Tokenizer
@@ -34,12 +34,12 @@ _HOMES = {
     "DecoderConfig": "config",
     "Executor": "executor",
     "KVCache": "executor",
-    "LanguageModel": "load",
+    "LanguageModel": "loading",
     "RaggedBatch": "ragged",
     "SamplingParams": "params",
     "Tokenizer": "tokenizer",
-    "load": "load",
-    "random_model": "load",
+    "load": "loading",
+    "random_model": "loading",
 }
 
 

@@ -94,9 +94,8 @@ def _gate_rows(x: Any, gelu: bool, first: int, last: int, out: Any) -> None:
 
 
 @njit(cache=True, parallel=True, fastmath=FAST)
-def _gate_parallel(x: Any, gelu: bool, out: Any) -> None:
+def _gate_parallel(x: Any, gelu: bool, parts: int, out: Any) -> None:
     rows = out.shape[0]
-    parts = numba.get_num_threads()
     for part in prange(parts):
         _gate_rows(x, gelu, rows * part // parts, rows * (part + 1) // parts, out)
 
@@ -107,7 +106,7 @@ def gate(x: Tensor, gelu: bool) -> Tensor:
     if out.numel() * 8 < _PARALLEL_WORK:
         _gate_rows(_array(x), gelu, 0, out.shape[0], _array(out))
     else:
-        _gate_parallel(_array(x), gelu, _array(out))
+        _gate_parallel(_array(x), gelu, numba.get_num_threads(), _array(out))
     return out
 
 

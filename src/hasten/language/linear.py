@@ -29,19 +29,21 @@ class PackedLinear:
     """``x @ weight.T + bias`` for x (rows, in) -> (rows, out), in the type of x."""
 
     def __init__(
-        self, product: Callable[[Tensor], Tensor], in_features: int, out_features: int, num_bytes: int, tile: int | None
+        self, product: Callable[[Tensor], Tensor], in_features: int, out_features: int, num_bytes: int, tile: int | None,
+        pads: bool = False,
     ) -> None:
         self._product = product
         self.in_features = in_features
         self.out_features = out_features
         self.num_bytes = num_bytes
         self._tile = tile
+        self._pads = pads
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if self._tile is not None:
             return self._in_tiles(x, rows)
-        if rows < _FEWEST and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if self._pads and rows < _FEWEST:
             padded = torch.empty((_FEWEST, x.shape[1]), dtype=x.dtype)
             padded[:rows] = x
             padded[rows:] = 0
@@ -79,7 +81,8 @@ def pack(
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         product = _plain(weight, bias) if weight.device.type != "cpu" else _onednn(weight, bias)
-        return PackedLinear(product, in_features, out_features, weight.numel() * weight.element_size(), tile)
+        pads = precision == "bf16" and weight.device.type == "cpu"
+        return PackedLinear(product, in_features, out_features, weight.numel() * weight.element_size(), tile, pads)
     if precision in ("int8", "int4"):
         from hasten.compress.kernels import quantized_product
 

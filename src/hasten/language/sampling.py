@@ -229,10 +229,15 @@ class _Layout:
 
 def _draw(logits: Tensor, layout: _Layout, draws: Tensor) -> Tensor:
     """Tokens (rows,) for tempered logits (rows, vocab) and draws (rows,) in [0, 1)."""
-    out = torch.empty(logits.shape[0], dtype=torch.int64)
+    rows = logits.shape[0]
+    if layout.whole.numel() == rows and not layout.any_min_p:
+        return _invert(torch.softmax(logits, -1), draws)
+    if layout.sorted.numel() == rows:
+        limit = layout.min_p if layout.any_min_p else None
+        return _draw_sorted(torch.softmax(logits, -1), layout.top_k, layout.top_p, limit, draws)
+    out = torch.empty(rows, dtype=torch.int64)
     if layout.whole.numel():
-        part = logits if layout.whole.numel() == logits.shape[0] else logits[layout.whole]
-        weights = torch.softmax(part, -1)
+        weights = torch.softmax(logits[layout.whole], -1)
         if layout.any_min_p:
             floor = layout.min_p[layout.whole] * weights.amax(-1, keepdim=True)
             weights = torch.where(weights < floor, 0.0, weights)
@@ -264,7 +269,10 @@ def _draw_sorted(probability: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
         else:
             values, ids = torch.sort(part, dim=-1, descending=True, stable=True)
             settled = torch.ones(left.numel(), dtype=torch.bool)
-        if not bool(settled.all()):
+        if bool(settled.all()):
+            if left.numel() == rows:
+                return _from_sorted(values, ids, k, p, min_p, draws)
+        else:
             if not bool(settled.any()):
                 continue
             values, ids, k, p = values[settled], ids[settled], k[settled], p[settled]

@@ -60,7 +60,7 @@ class GrammarCompiler:
                 json.loads(spec.text)
                 compiled = self._compiler.compile_json_schema(spec.text)
             elif spec.kind == "json_object":
-                compiled = self._compiler.compile_builtin_json_grammar()
+                compiled = self._compiler.compile_json_schema('{"type": "object"}')
             elif spec.kind == "regex":
                 compiled = self._compiler.compile_regex(spec.text)
             else:

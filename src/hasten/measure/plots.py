@@ -1,7 +1,7 @@
 """Plots as inline SVG: vector, no external address, readable on light and on dark.
 
 Each function takes plain numbers in SI units and returns one ``<svg>`` element. Lines and text that carry no data take
-the page's text colour; data colours are mid-tones with contrast on both backgrounds. Needs matplotlib.
+the page's text colour; data colours are mid-tones with contrast on both backgrounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hasten.budget import format_quantity
-from hasten.errors import ConfigurationError, MissingExtraError
+from hasten.errors import ConfigurationError
 from hasten.measure.roofline import Point, Roofline
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ _PARTS = "figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend|PathCollec
 
 
 def _figure(width: float = 7.2, height: float = 3.6) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "report", "a plot") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0.0)
     axes = figure.add_subplot()

@@ -157,7 +157,8 @@ def of_measurement(measurement: Measurement, most_modules: int = 20) -> Report:
     report.section(
         "Roofline",
         f"At {m.point.intensity:.3g} operations per byte the model is bound by {m.point.limit}: at best "
-        f"{format_quantity(m.point.bound, 'time')} per call; it reaches {100 * attained:.0f} % of that.",
+        f"{format_quantity(m.point.bound, 'time')} per call; it reaches {100 * attained:.0f} % of that."
+        + (" More than all means that the weights came from the caches, which are faster." if attained > 1 else ""),
     )
     report.plot(plots.roofline({m.roofline.dtype: m.roofline}, [m.point]), "Both roofs were measured on this machine.")
     report.section("Cost").table(

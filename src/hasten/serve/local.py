@@ -60,7 +60,7 @@ def pipeline(
     ``knobs`` are those of the policy. Raises what loading raises, and ``ConfigurationError`` for unknown knobs.
     """
     if isinstance(model, (str, os.PathLike)):
-        from hasten.language.load import load
+        from hasten.language.loading import load
 
         model = load(os.fspath(model), device=device, dtype=dtype, deterministic=deterministic)
     if policy != "request-level" or max_num_seqs != 128:

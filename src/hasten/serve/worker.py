@@ -43,7 +43,7 @@ class WorkerConfig:
 
     model: str = "pycode-4m"
     """folder or name"""
-    loader: str = "hasten.language.load:load"
+    loader: str = "hasten.language.loading:load"
     """``module:function`` that makes the model"""
     options: dict[str, Any] = field(default_factory=dict)
     """keywords of the loader, such as the precision"""
@@ -113,7 +113,10 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         torch.set_num_threads(config.threads)
     phase("import", f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     module, _, function = config.loader.partition(":")
-    model = getattr(importlib.import_module(module), function)(config.model, **config.options)
+    options = dict(config.options)
+    if config.deterministic:
+        options.setdefault("deterministic", True)
+    model = getattr(importlib.import_module(module), function)(config.model, **options)
     try:
         tokenizer = model.tokenizer
     except ModelLoadError:

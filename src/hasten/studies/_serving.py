@@ -26,7 +26,7 @@ from hasten.serve.workload import RequestSpec, Workload
 from hasten.studies.study import Scale
 
 if TYPE_CHECKING:
-    from hasten.language.load import LanguageModel
+    from hasten.language.loading import LanguageModel
     from hasten.language.params import SamplingParams
     from hasten.serve.engine import Engine
 
@@ -135,7 +135,7 @@ def one_thread() -> Iterator[None]:
 
 def small_model(scale: Scale, *, deterministic: bool = False) -> tuple[LanguageModel, str]:
     """A trained decoder in fp32: the stories260K checkpoint, else the embedded model; and its name."""
-    from hasten.language.load import load
+    from hasten.language.loading import load
 
     path = scale.find("weights/stories260K.bin")
     if path is not None:
@@ -156,7 +156,7 @@ def read_llama2c(path: Path, *, deterministic: bool = False) -> LanguageModel:
 
     from hasten.language.config import DecoderConfig
     from hasten.language.decoder import Decoder
-    from hasten.language.load import LanguageModel
+    from hasten.language.loading import LanguageModel
 
     raw = path.read_bytes()
     if len(raw) < 28:

@@ -276,7 +276,7 @@ def capacities(scale: Scale) -> Iterator[Check]:
 
 def honesty(scale: Scale) -> Iterator[Check]:
     """Predicted against measured: iterations of the real engine's executor, and the tail of a replay in real time."""
-    from hasten.language.load import load
+    from hasten.language.loading import load
     from hasten.serve.engine import Engine
 
     busy = os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
@@ -374,7 +374,7 @@ def table_two(scale: Scale) -> Iterator[Check]:
         yield Check.unavailable(name, "torch sees no CUDA device", "×", "≤ 1.1")
         return
     from hasten.language.config import DecoderConfig
-    from hasten.language.load import random_model
+    from hasten.language.loading import random_model
     from hasten.language.ragged import RaggedBatch
 
     config = DecoderConfig(

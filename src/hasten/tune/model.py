@@ -74,9 +74,18 @@ class TuneResult:
     """the SQLite file, where one was kept"""
     comparison: Comparison | None = None
     """the confirming run of the best against the unchanged model"""
+    points: int | None = None
+    """points of the space; more than there are candidates when the time limit ended the search"""
 
     def verdict(self) -> str:
-        """One plain sentence."""
+        """One plain sentence, and how much of the space was tried where that was not all."""
+        tried = len(self.frontier.candidates)
+        rest = (
+            "" if self.points is None or tried >= self.points else f" ({tried} of {self.points} candidates were tried)"
+        )
+        return self._sentence() + rest
+
+    def _sentence(self) -> str:
         if self.best is None:
             near = self.frontier.closest()
             detail = f"; closest is {near.name}: {'; '.join(near.violations)}" if near is not None else ""
@@ -244,7 +253,7 @@ def tune(
             first=({"format": "unchanged"},),
         )
         candidates = search.run(time_limit=time_limit, clock=clock, progress=progress)
-        return _conclude(bench, candidates, axes, search.storage)
+        return replace(_conclude(bench, candidates, axes, search.storage), points=chosen.size())
     finally:
         for module, training in modes:
             module.training = training

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import ConfigurationError, DataError, MissingExtraError
+from hasten.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -25,10 +25,8 @@ _FACTS = "hasten"
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingExtraError("optuna", "tune", "a search") from error
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)
     return optuna

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from hasten.errors import HastenError, InvalidRequestError
@@ -179,7 +181,8 @@ class App:
             tokens = await chat_tokens(self.state, request.messages, request.add_generation_prompt, {})
         else:
             assert request.prompt is not None
-            tokens = tokenizer.encode(request.prompt, special=request.add_special_tokens)
+            encode = partial(tokenizer.encode, request.prompt, special=request.add_special_tokens)
+            tokens = encode() if len(request.prompt) < 1 << 14 else await asyncio.to_thread(encode)
         body: dict[str, Any] = {"count": len(tokens), "max_model_len": self.state.max_model_len, "tokens": tokens}
         body["token_strs"] = [tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
         await respond(send, 200, json.dumps(body).encode())

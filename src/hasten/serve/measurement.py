@@ -21,7 +21,7 @@ from hasten.measure.roofline import Point, Roofline
 from hasten.measure.stats import summarise
 
 if TYPE_CHECKING:
-    from hasten.language.load import LanguageModel
+    from hasten.language.loading import LanguageModel
     from hasten.measure.report import Report
     from hasten.serve.cost import IterationCost, Sample
 
@@ -172,7 +172,7 @@ def measure_language(
     plan = [*prompts[:3], *grid, *prompts[3:], *[b for b in others if tuple(b) not in known][:40]]
     told("compiling the kernels", 0.15)
     measure_batches(
-        model, clock, time_limit=60.0, max_num_seqs=2, cache_tokens=max_context, repeats=1, progress=lambda share: None,
+        model, clock, time_limit=60.0, max_num_seqs=3, cache_tokens=1024, repeats=1, progress=lambda share: None,
         batches=[[(16, 1)] * n + [(0, m)] * k for n in (1, 2) for m, k in ((16, 0), (16, 1), (100, 1), (100, 0))],
     )  # fmt: skip
     samples = measure_batches(

@@ -8,7 +8,7 @@ import torch
 from hasten.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import Decoder
-from hasten.language.load import EMBEDDED, load, model_folder
+from hasten.language.loading import EMBEDDED, load, model_folder
 from hasten.language.pycode import write_folder
 from safetensors.torch import load_file, save_file
 

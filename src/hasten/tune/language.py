@@ -6,7 +6,7 @@ confirmed by replaying the same workload on the engine in this process, in real 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from hasten.serve.cost import IterationCost
     from hasten.serve.workload import Workload
     from hasten.tune.serving import ServingResult
     from hasten.tune.space import Point
 
-__all__ = ["replay_in_engine", "search"]
+__all__ = ["replay_in_engine", "search", "tune_server"]
 
 
 def replay_in_engine(
@@ -67,52 +68,97 @@ def search(
     storage: Path | None = None,
     time_limit: float | None = None,
     seed: int = 0,
-    calibration_time: float = 8.0,
     clock: Clock | None = None,
     progress: Callable[[str, float], None] | None = None,
     model: Any = None,
 ) -> ServingResult:
     """Tune the server of the language model ``name`` for ``slo`` at ``rate`` requests per second.
 
-    ``model`` hands in a loaded one. The untuned setting is prefill-first in the first precision.
+    ``workload`` is a built-in sample or the file of a trace, scaled to the model's context; ``model`` hands in a loaded
+    one. The untuned setting is prefill-first in the first precision.
     """
     from hasten.language import load as load_model
     from hasten.serve import workload as workloads
-    from hasten.serve.cost import IterationCost
-    from hasten.tune.serving import simulated, tune_serving
-    from hasten.tune.space import serving_space
 
     if not precisions:
         raise ConfigurationError("no precision is left to try; give for example --precisions bf16,int8")
-    clock = clock or MonotonicClock()
-    told: Callable[[str, float], None] = progress or (lambda stage, share: None)
     base = model if model is not None else load_model(name, dtype=precisions[0])
     context = int(base.config.max_position_embeddings)
     if workload in ("conversation", "code"):
         offered = workloads.sample(workload, rate=rate, requests=requests, seed=seed)
     else:
         offered = workloads.load(workload).at_rate(rate, seed=seed).head(requests)
-    offered = offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4)
-    models = {p: base if i == 0 else base.with_precision(p) for i, p in enumerate(precisions)}
-    costs = {}
-    for index, (precision, one) in enumerate(models.items()):
-        told(f"calibrating {precision}", 0.3 * index / len(models))
-        costs[precision] = IterationCost.calibrate(one, clock, time_limit=calibration_time, progress=False)
-    blocks = max(2 * context // 16, min(4096, 2**29 // max(1, base.executor.bytes_per_token * 16)))
-    predict = simulated(costs, offered, slo, blocks=blocks)
+    return tune_server(
+        base,
+        slo,
+        offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4),
+        baseline={"policy": "prefill-first", "precision": precisions[0], "max_num_seqs": 64},
+        precisions=precisions,
+        confirm=confirm,
+        storage=storage,
+        time_limit=time_limit,
+        seed=seed,
+        clock=clock,
+        facts={"model": name, "rate": rate, "requests": requests, "workload": workload, "seed": seed},
+        progress=progress,
+    )
+
+
+def tune_server(
+    model: Any,
+    slo: SLO,
+    offered: Workload,
+    *,
+    baseline: Point,
+    precisions: Sequence[str],
+    costs: Mapping[str, IterationCost] | None = None,
+    blocks: int | None = None,
+    overhead: float = 0.0,
+    confirm: int = 3,
+    storage: Path | None = None,
+    time_limit: float | None = None,
+    calibration_time: float = 8.0,
+    seed: int = 0,
+    clock: Clock | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> ServingResult:
+    """Search policy knobs and precisions for ``slo`` under the load ``offered``.
+
+    ``costs`` are iteration costs that are known already; the others are calibrated. ``overhead`` in seconds is added to
+    every simulated step.
+    """
+    from hasten.serve.cost import IterationCost as Cost
+    from hasten.tune.serving import simulated, tune_serving
+    from hasten.tune.space import serving_space
+
+    clock = clock or MonotonicClock()
+    told: Callable[[str, float], None] = progress or (lambda stage, share: None)
+    if blocks is None:
+        context = int(model.config.max_position_embeddings)
+        blocks = max(2 * context // 16, min(4096, 2**29 // max(1, model.executor.bytes_per_token * 16)))
+    models, known = {}, dict(costs or {})
+    for index, precision in enumerate(precisions):
+        told(f"calibrating {precision}", 0.3 * index / len(precisions))
+        models[precision] = model if precision == model.executor.precision else model.with_precision(precision)
+        if precision not in known:
+            known[precision] = Cost.calibrate(
+                models[precision], clock, time_limit=calibration_time, progress=False
+            )
 
     def measure(point: Point) -> dict[str, float]:
-        return replay_in_engine(models[point["precision"]], point, offered, slo, blocks=blocks, clock=clock, seed=seed)
+        one = models[point["precision"]]
+        return replay_in_engine(one, point, offered, slo, blocks=blocks, clock=clock, seed=seed)
 
     return tune_serving(
         serving_space(precisions=precisions),
-        predict,
+        simulated(known, offered, slo, blocks=blocks, overhead=overhead),
         measure,
         slo,
-        baseline={"policy": "prefill-first", "precision": precisions[0], "max_num_seqs": 64},
+        baseline=baseline,
         confirm=confirm,
         storage=storage,
-        facts={"model": name, "rate": rate, "requests": requests, "workload": workload, "seed": seed},
+        facts=facts,
         time_limit=time_limit,
         clock=clock,
         progress=lambda stage, share: told(stage, 0.3 + 0.7 * share),

@@ -1,0 +1,176 @@
+"""The five steps of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.apps.demo.objective import UNTUNED, Objective, choose
+from hasten.apps.demo.page import columns, verdict, write
+from hasten.apps.demo.pieces import Piece, show
+from hasten.apps.demo.race import Lap, lap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hasten.language.generate import Answer
+    from hasten.serve.measurement import LanguageMeasurement
+    from hasten.serve.workload import Workload
+    from hasten.tune.serving import ServingResult
+
+__all__ = ["DemoResult", "run"]
+
+Stages = Callable[["Console"], AbstractContextManager[Callable[[str, float], None]]]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demo saw."""
+
+    answers: list[tuple[Piece, Answer]]
+    measurement: LanguageMeasurement
+    objective: Objective
+    tuning: ServingResult
+    untuned: Lap
+    tuned: Lap
+    verdict: str
+    better: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "verdict": self.verdict,
+            "better": self.better,
+            "slo": str(self.objective.slo),
+            "why": self.objective.why,
+            "workload": self.objective.workload.describe(),
+            "untuned": {"knobs": self.untuned.knobs, "metrics": self.untuned.metrics.to_dict()},
+            "tuned": {"knobs": self.tuned.knobs, "metrics": self.tuned.metrics.to_dict()},
+            "tuning": self.tuning.to_json(),
+            "measurement": self.measurement.to_json(),
+        }
+
+
+def _shape(data: Path | None, requests: int, context: int) -> Callable[[float], Workload]:
+    """The workload at a rate: the real conversation trace where it is, else the sample that comes with hasten."""
+    from hasten.serve import workload as workloads
+
+    trace = data / "llm_traces" / "azure_conv.csv.gz" if data is not None else None
+
+    def at(rate: float) -> Workload:
+        if trace is not None and trace.is_file():
+            offered = workloads.load(trace).head(requests).at_rate(rate, seed=0)
+        else:
+            offered = workloads.sample("conversation", rate=rate, requests=requests, seed=0)
+        return offered.scaled(max_prompt=context * 3 // 4, max_output=context // 5)
+
+    return at
+
+
+def run(
+    console: Console,
+    stages: Stages,
+    *,
+    model: str = "pycode-4m",
+    report: Path = Path("report.html"),
+    data: Path | None = None,
+    seconds: float = 20.0,
+    seed: int = 0,
+) -> DemoResult:
+    """Run the whole demo; ``seconds`` is about how long each of the two replays takes."""
+    from hasten.language import load
+    from hasten.serve.measurement import measure_language
+    from hasten.tune.language import tune_server
+
+    console.rule("1. the model at work")
+    loaded = load(model)
+    with stages(console) as told:
+        loaded_executor_ready = loaded.executor
+        told(f"{loaded.name} in {loaded_executor_ready.precision}", 1.0)
+    answers = show(console, loaded)
+
+    console.rule("2. what it costs on this machine")
+    with stages(console) as told:
+        measurement = measure_language(loaded, time_limit=12.0, max_num_seqs=64, progress=told)
+    console.print(measurement.verdict())
+    _cost_table(console, measurement)
+
+    console.rule("3. tuned for an SLO")
+    context = loaded.config.max_position_embeddings
+    blocks = 24 * context // 16
+    with stages(console) as told:
+        probe = _shape(data, 200, context)
+        objective = choose(measurement.cost, probe, blocks=blocks, overhead=_OVERHEAD, progress=told)
+    rate = objective.workload.rate
+    load_at = _shape(data, max(40, round(rate * seconds)), context)
+    objective = Objective(objective.slo, load_at(rate), objective.why)
+    console.print(f"SLO: [bold]{objective.slo}[/]\n{objective.why}.")
+    with stages(console) as told:
+        tuning = tune_server(
+            loaded,
+            objective.slo,
+            objective.workload.head(max(40, round(rate * seconds / 2))),
+            baseline={**UNTUNED, "precision": loaded.executor.precision},
+            precisions=_precisions(loaded.executor.precision),
+            costs={loaded.executor.precision: measurement.cost},
+            blocks=blocks,
+            overhead=_OVERHEAD,
+            confirm=2,
+            time_limit=60.0,
+            seed=seed,
+            progress=told,
+        )
+    console.print(tuning.verdict())
+
+    console.rule("4. both servers, one workload, over a socket")
+    laps = []
+    for name, knobs in (("untuned", tuning.baseline.knobs), ("tuned", tuning.best.knobs)):
+        with stages(console) as told:
+            laps.append(lap(name, model, knobs, objective.workload, objective.slo, blocks=blocks, progress=told))
+        console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in knobs.items())}")
+
+    console.rule("5. the verdict")
+    untuned, tuned = laps
+    sentence, better = verdict(untuned.metrics, tuned.metrics, objective.slo)
+    result = DemoResult(answers, measurement, objective, tuning, untuned, tuned, sentence, better)
+    _columns_table(console, result)
+    console.print(sentence, style="bold green" if better else "bold red")
+    write(result, report)
+    console.print(f"report: {report}")
+    return result
+
+
+_OVERHEAD = 0.0005
+"""Seconds that a step takes outside the model, with the HTTP front beside it."""
+
+
+def _precisions(base: str) -> tuple[str, ...]:
+    return (base, *(p for p in ("int8",) if p != base))
+
+
+def _cost_table(console: Console, measurement: LanguageMeasurement) -> None:
+    from rich.table import Table
+
+    from hasten.budget import format_quantity
+
+    table = Table("step", "measured", "roof", "bound by", "reached")
+    for p in measurement.points:
+        time = format_quantity(p.time or float("nan"), "time")
+        share = format_quantity(p.attainment or 0.0, "ratio")
+        table.add_row(p.name, time, format_quantity(p.bound, "time"), p.limit, share)
+    console.print(table)
+    if measurement.cost.report is not None:
+        error = measurement.cost.report.holdout_median_relative_error
+        console.print(f"iteration cost fitted; off by {error:.1%} (median) on batches that it never saw")
+
+
+def _columns_table(console: Console, result: DemoResult) -> None:
+    from rich.table import Table
+
+    table = Table("", "untuned", "tuned", title=f"{len(result.objective.workload)} requests, SLO {result.objective.slo}")
+    for row in columns(result.untuned.metrics, result.tuned.metrics, result.objective.slo):
+        table.add_row(*row)
+    console.print(table)
