@@ -16,7 +16,7 @@ from hasten.studies.study import Study
 
 __all__ = ["load", "names"]
 
-_FRAMEWORK = {"study", "registry", "runner"}
+_FRAMEWORK = {"catalog", "registry", "runner", "study"}
 
 
 def names(package: str = "hasten.studies") -> list[str]:

@@ -85,7 +85,6 @@ def show(console: Console, model: LanguageModel) -> list[tuple[Piece, Answer]]:
     from rich.text import Text
 
     answers = []
-    model.generate("x", max_tokens=2)  # kernels are compiled or read from their cache before anything is timed
     for piece in PIECES:
         if piece.suffix is None:
             answer = model.generate(piece.prefix, max_tokens=piece.max_tokens)

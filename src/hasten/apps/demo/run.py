@@ -55,16 +55,19 @@ class DemoResult:
 
 
 def _shape(data: Path | None, requests: int, context: int) -> Callable[[float], Workload]:
-    """The workload at a rate: the real conversation trace where it is, else the sample that comes with hasten."""
+    """Code completion at a rate: the real code trace where it is, else the sample that comes with hasten.
+
+    Prompts are long and answers short, so a whole prompt that goes first is felt by everybody who waits for a token.
+    """
     from hasten.serve import workload as workloads
 
-    trace = data / "llm_traces" / "azure_conv.csv.gz" if data is not None else None
+    trace = data / "llm_traces" / "azure_code.csv.gz" if data is not None else None
 
     def at(rate: float) -> Workload:
         if trace is not None and trace.is_file():
             offered = workloads.load(trace).head(requests).at_rate(rate, seed=0)
         else:
-            offered = workloads.sample("conversation", rate=rate, requests=requests, seed=0)
+            offered = workloads.sample("code", rate=rate, requests=requests, seed=0)
         return offered.scaled(max_prompt=context * 3 // 4, max_output=context // 5)
 
     return at
@@ -88,8 +91,10 @@ def run(
     console.rule("1. the model at work")
     loaded = load(model)
     with stages(console) as told:
-        loaded_executor_ready = loaded.executor
-        told(f"{loaded.name} in {loaded_executor_ready.precision}", 1.0)
+        told(f"packing {loaded.name}", 0.0)
+        executor = loaded.executor
+        told(f"compiling kernels for {executor.precision} (once per machine)", 0.5)
+        loaded.generate("x", max_tokens=2)
     answers = show(console, loaded)
 
     console.rule("2. what it costs on this machine")
@@ -113,9 +118,9 @@ def run(
             loaded,
             objective.slo,
             objective.workload.head(max(40, round(rate * seconds / 2))),
-            baseline={**UNTUNED, "precision": loaded.executor.precision},
-            precisions=_precisions(loaded.executor.precision),
-            costs={loaded.executor.precision: measurement.cost},
+            baseline={**UNTUNED, "precision": executor.precision},
+            precisions=_precisions(executor.precision),
+            costs={executor.precision: measurement.cost},
             blocks=blocks,
             overhead=_OVERHEAD,
             confirm=2,
