@@ -49,8 +49,10 @@ def test_place_and_attend(batch_and_blocks, dtype, heads, window, softcap, norme
     results = []
     for ops in (kernels_torch, kernels_cpu):
         k, v = keys.clone(), values.clone()
-        q = ops.place(qkv, batch, cos, sin, k, v, num_heads, weight, weight, 1e-5)
-        out = ops.attend(q, batch, k, v, 0.3, window, softcap)
+        step, form = ops.prepare(batch), ops.constant
+        scales = None if weight is None else form(weight)
+        q = ops.place(qkv, step, form(cos), form(sin), form(k), form(v), num_heads, scales, scales, 1e-5)
+        out = ops.attend(q, step, form(k), form(v), 0.3, window, softcap)
         results.append((q, k, v, out))
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused.float(), plain.float(), atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype])
@@ -62,11 +64,11 @@ def test_norms_and_gates(dtype):
     weight, residual = torch.rand(48) + 0.5, torch.randn(7, 48)
     close = {"atol": TOLERANCE[dtype] * 2, "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(
-        kernels_cpu.norm(x, weight, 1e-5, dtype), kernels_torch.norm(x, weight, 1e-5, dtype), **close
+        kernels_cpu.norm(x, weight.numpy(), 1e-5, dtype), kernels_torch.norm(x, weight, 1e-5, dtype), **close
     )
     one, two = residual.clone(), residual.clone()
     torch.testing.assert_close(
-        kernels_cpu.add_norm(one, x, weight, 1e-5, dtype), kernels_torch.add_norm(two, x, weight, 1e-5, dtype), **close
+        kernels_cpu.add_norm(one, x, weight.numpy(), 1e-5, dtype), kernels_torch.add_norm(two, x, weight, 1e-5, dtype), **close
     )
     torch.testing.assert_close(one, two)
     for gelu in (True, False):
@@ -85,12 +87,11 @@ def test_attention_of_a_row_does_not_depend_on_the_batch():
     keys, values = (torch.randn(64, 2, 16, 32, generator=generator) for _ in range(2))
     batch = RaggedBatch.build([([1], 200 + 3 * i, list(range(i, i + 16))) for i in range(12)])
     query = torch.randn(12, 4, 32, generator=generator)
-    together = kernels_cpu.attend(query, batch, keys, values, 0.2, None, None)
+    pages = kernels_cpu.constant(keys), kernels_cpu.constant(values)
+    together = kernels_cpu.attend(query, kernels_cpu.prepare(batch), *pages, 0.2, None, None)
     for i in range(12):
-        alone = RaggedBatch.build([([1], 200 + 3 * i, list(range(i, i + 16)))])
-        assert torch.equal(
-            kernels_cpu.attend(query[i : i + 1], alone, keys, values, 0.2, None, None)[0], together[i]
-        )
+        alone = kernels_cpu.prepare(RaggedBatch.build([([1], 200 + 3 * i, list(range(i, i + 16)))]))
+        assert torch.equal(kernels_cpu.attend(query[i : i + 1], alone, *pages, 0.2, None, None)[0], together[i])
 
 
 def test_exponential_is_accurate_to_two_units():

@@ -264,6 +264,8 @@ def _scaling(given: Mapping[str, Any], config: Mapping[str, Any]) -> RotaryScali
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in ("default", "linear", "llama3", "yarn", "longrope"):
         raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; default, linear, llama3, yarn, longrope are")
+    if kind == "default":
+        return RotaryScaling()
     context = config.get("max_position_embeddings", 2048)
     original = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
     return RotaryScaling(

@@ -10,7 +10,7 @@ does norm, rotation, cache writes or gating (:mod:`kernels_cpu`); other devices 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,13 @@ class KVCache:
 
     keys: Tensor
     values: Tensor
+    _layers: list[tuple[Any, Any]] = field(default_factory=list, repr=False, compare=False)
+
+    def layers(self, form: Callable[[Tensor], Any]) -> list[tuple[Any, Any]]:
+        """Keys and values of each layer in the form that the operations take; made once."""
+        if not self._layers:
+            self._layers.extend((form(k), form(v)) for k, v in zip(self.keys, self.values, strict=True))
+        return self._layers
 
     @property
     def bytes(self) -> int:
@@ -69,15 +76,15 @@ class _Mixture:
 
 @dataclass
 class _Layer:
-    input_norm: Tensor
+    input_norm: Any
     qkv: PackedLinear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: Any | None
+    k_norm: Any | None
     out: PackedLinear
-    post_norm: Tensor
+    post_norm: Any
     feed_forward: _Dense | _Mixture
-    pre_ff_norm: Tensor | None
-    post_ff_norm: Tensor | None
+    pre_ff_norm: Any | None
+    post_ff_norm: Any | None
     window: int | None
     local: bool
 
@@ -147,17 +154,19 @@ class Executor:
                 head = read("lm_head.weight", (config.vocab_size, hidden)).to(self.device)
             # The output matrix decides between near-equal tokens: it stays at 16 bits where the layers go lower.
             self._head = self._pack(head, "bf16" if self.precision in ("int8", "int4") else self.precision)
-            self._tables = tuple(t.contiguous() for t in rotary_tables(config, self.max_context, device=self.device))
+            constant = self._ops.constant
+            plain = rotary_tables(config, self.max_context, device=self.device)
+            self._tables = tuple(constant(t.contiguous()) for t in plain)
             self._local_tables = self._tables
             if config.local_rope_theta is not None:
                 local = rotary_tables(config, self.max_context, local=True, device=self.device)
-                self._local_tables = tuple(t.contiguous() for t in local)
+                self._local_tables = tuple(constant(t.contiguous()) for t in local)
         if progress is not None:
             progress(config.num_layers + 1, config.num_layers + 1)
 
-    def _norm(self, read: Read, name: str, width: int | None = None) -> Tensor:
+    def _norm(self, read: Read, name: str, width: int | None = None) -> Any:
         weight = read(name, (width or self.config.hidden_size,)).to(self.device).float()
-        return (weight + self.config.norm_offset).contiguous()
+        return self._ops.constant((weight + self.config.norm_offset).contiguous())
 
     def _pack(self, weight: Tensor, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
         packed = pack(
@@ -244,15 +253,20 @@ class Executor:
             # Checkpoints were trained with this factor rounded to the type of the activations.
             residual *= float(torch.tensor(config.embedding_scale, dtype=dtype))
         short, long = self._split(batch)
+        step, pages = ops.prepare(batch), cache.layers(ops.constant)
         h = ops.norm(residual, self._layers[0].input_norm, config.norm_eps, dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            keys, values = cache.keys[index], cache.values[index]
+            keys, values = pages[index]
             cos, sin = self._local_tables if layer.local else self._tables
             query = ops.place(
-                layer.qkv(h), batch, cos, sin, keys, values, config.num_heads, layer.q_norm, layer.k_norm, config.norm_eps
+                layer.qkv(h), step, cos, sin, keys, values, config.num_heads, layer.q_norm, layer.k_norm, config.norm_eps
             )
-            h = self._attend(query, batch, short, long, keys, values, layer.window)
+            if not long:
+                scale, cap = config.attention_scale, config.attention_softcap
+                h = ops.attend(query, step, keys, values, scale, layer.window, cap)
+            else:
+                h = self._attend_apart(query, short, long, cache, index, layer.window)
             if index == last:  # what follows concerns the wanted rows only
                 if batch.logit_rows.shape[0] == 0:
                     return torch.empty(0, config.vocab_size)
@@ -285,12 +299,14 @@ class Executor:
             out += torch.sigmoid(block.shared_gate(x).float()) * self._feed(block.shared, x).float()
         return out.to(x.dtype)
 
-    def _split(self, batch: RaggedBatch) -> tuple[tuple[RaggedBatch, Tensor] | None, list[_Long]]:
+    def _split(self, batch: RaggedBatch) -> tuple[tuple[Any, Tensor] | None, list[_Long]]:
         """Chunks for the row-wise kernel, with their rows, and chunks for the flash kernel.
 
         (None, []) means that the row-wise kernel takes the batch as it is.
         """
         if self.deterministic or self.config.attention_softcap is not None or self.device.type != "cpu":
+            return None, []
+        if batch.num_tokens < _LONG:
             return None, []
         starts = batch.starts.tolist()
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
@@ -315,29 +331,27 @@ class Executor:
             block_tables=batch.block_tables[keep].contiguous(),
             logit_rows=batch.logit_rows,
         )
-        return (short, rows), long
+        return (self._ops.prepare(short), rows), long
 
-    def _attend(
+    def _attend_apart(
         self,
         query: Tensor,
-        batch: RaggedBatch,
-        short: tuple[RaggedBatch, Tensor] | None,
+        short: tuple[Any, Tensor] | None,
         long: list[_Long],
-        keys: Tensor,
-        values: Tensor,
+        cache: KVCache,
+        index: int,
         window: int | None,
     ) -> Tensor:
         config = self.config
-        scale, cap = config.attention_scale, config.attention_softcap
-        if not long:
-            out: Tensor = self._ops.attend(query, batch, keys, values, scale, window, cap)
-            return out
         out = torch.empty(query.shape[0], config.num_heads * config.head_dim, dtype=query.dtype)
         if short is not None:
             part, rows = short
-            out[rows] = self._ops.attend(query[rows].contiguous(), part, keys, values, scale, window, cap)
+            keys, values = cache.layers(self._ops.constant)[index]
+            some = query[rows].contiguous()
+            out[rows] = self._ops.attend(some, part, keys, values, config.attention_scale, window, None)
         for chunk in long:
-            out[chunk.rows] = _flash(query[chunk.rows], chunk, keys, values, scale, window)
+            where, scale = chunk.rows, config.attention_scale
+            out[where] = _flash(query[where], chunk, cache.keys[index], cache.values[index], scale, window)
         return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hasten.language.bfloat import FAST, exp, load, store
 from hasten.language.ragged import RaggedBatch
 
-__all__ = ["add_norm", "attend", "gate", "norm", "place"]
+__all__ = ["Step", "add_norm", "attend", "constant", "gate", "norm", "place", "prepare"]
 
 _PARALLEL_WORK = 1 << 18  # multiply-adds from which a second thread pays for its start
 
@@ -26,6 +26,49 @@ _PARALLEL_WORK = 1 << 18  # multiply-adds from which a second thread pays for it
 def _array(x: Tensor) -> Any:
     """The tensor's memory as a numpy array; bfloat16 as uint16."""
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+class Step:
+    """What the kernels read of a batch, as numpy arrays, made once per step and not once per layer."""
+
+    __slots__ = ("chunk_of", "cuts", "positions", "starts", "tables", "work")
+
+    def __init__(self, batch: RaggedBatch) -> None:
+        self.starts = batch.starts.numpy()
+        self.positions = batch.positions.numpy()
+        self.tables = batch.block_tables.numpy()
+        count = len(self.starts) - 1
+        self.chunk_of = np.arange(count, dtype=np.int32)
+        if len(self.positions) != count:
+            self.chunk_of = np.repeat(self.chunk_of, np.diff(self.starts))
+        self.work = int(self.positions.sum()) + len(self.positions)
+        self.cuts: dict[int, Any] = {}
+
+    def parts(self, kv_heads: int) -> Any:
+        """Where to cut (token, key head) items so that each thread reads about as many keys: (threads + 1,)."""
+        cuts = self.cuts.get(kv_heads)
+        if cuts is None:
+            threads = numba.get_num_threads()
+            cost = np.cumsum(np.repeat(self.positions + 1, kv_heads))
+            inner = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
+            cuts = np.concatenate(([0], inner, [len(cost)])).astype(np.int64)
+            self.cuts[kv_heads] = cuts
+        return cuts
+
+
+def prepare(batch: RaggedBatch) -> Step:
+    """The form of a batch that the kernels take."""
+    return Step(batch)
+
+
+def constant(x: Tensor) -> Any:
+    """The form of a weight or table that the kernels take."""
+    return _array(x)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
+    out = torch.empty(shape, dtype=dtype)
+    return out, _array(out)
 
 
 @njit(cache=True, fastmath=FAST)
@@ -63,17 +106,17 @@ def _norm_only(x: Any, weight: Any, eps: float, out: Any) -> None:
             store(target, i, load(line[i]) * factor * weight[i])
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Root-mean-square norm: x (rows, width) -> (rows, width) in ``dtype``; weight (width,) float32."""
-    out = torch.empty(x.shape, dtype=dtype)
-    _norm_only(_array(x), weight.numpy(), eps, _array(out))
+def norm(x: Tensor, weight: Any, eps: float, dtype: torch.dtype) -> Tensor:
+    """Root-mean-square norm: x (rows, width) -> (rows, width) in ``dtype``; weight (width,) float32, a constant."""
+    out, array = _empty(x.shape, dtype)
+    _norm_only(_array(x), weight, eps, array)
     return out
 
 
-def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_norm(residual: Tensor, x: Tensor, weight: Any, eps: float, dtype: torch.dtype) -> Tensor:
     """``residual += x`` in place (float32), then its norm in ``dtype``."""
-    out = torch.empty(residual.shape, dtype=dtype)
-    _norm(residual.numpy(), _array(x), True, weight.numpy(), eps, _array(out))
+    out, array = _empty(residual.shape, dtype)
+    _norm(residual.numpy(), _array(x), True, weight, eps, array)
     return out
 
 
@@ -102,11 +145,11 @@ def _gate_parallel(x: Any, gelu: bool, parts: int, out: Any) -> None:
 
 def gate(x: Tensor, gelu: bool) -> Tensor:
     """x (rows, 2 * inner) holding gate and up side by side -> act(gate) * up (rows, inner)."""
-    out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype)
-    if out.numel() * 8 < _PARALLEL_WORK:
-        _gate_rows(_array(x), gelu, 0, out.shape[0], _array(out))
+    out, array = _empty((x.shape[0], x.shape[1] // 2), x.dtype)
+    if array.size * 8 < _PARALLEL_WORK:
+        _gate_rows(_array(x), gelu, 0, array.shape[0], array)
     else:
-        _gate_parallel(_array(x), gelu, numba.get_num_threads(), _array(out))
+        _gate_parallel(_array(x), gelu, numba.get_num_threads(), array)
     return out
 
 
@@ -171,42 +214,30 @@ _ONES: dict[int, Any] = {}
 
 def place(
     qkv: Tensor,
-    batch: RaggedBatch,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    step: Step,
+    cos: Any,
+    sin: Any,
+    keys: Any,
+    values: Any,
     heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
+    q_norm: Any | None,
+    k_norm: Any | None,
     eps: float,
 ) -> Tensor:
     """Norm and rotate queries and keys, write keys and values into the cache; returns the queries.
 
     qkv (tokens, (heads + 2 kv_heads) * width); cos, sin (context, pairs) float32; keys and values of one layer
-    (blocks, kv_heads, block_size, width) -> (tokens, heads, width).
+    (blocks, kv_heads, block_size, width); all but ``qkv`` are constants -> (tokens, heads, width).
     """
     width = keys.shape[3]
     ones = _ONES.get(width)
     if ones is None:
         ones = _ONES[width] = np.ones(width, np.float32)
-    query = torch.empty((qkv.shape[0], heads, width), dtype=qkv.dtype)
+    query, array = _empty((qkv.shape[0], heads, width), qkv.dtype)
     _place(
-        _array(qkv),
-        batch.positions.numpy(),
-        batch.starts.numpy(),
-        batch.block_tables.numpy(),
-        cos.numpy(),
-        sin.numpy(),
-        _array(keys),
-        _array(values),
-        heads,
-        q_norm is not None,
-        ones if q_norm is None else q_norm.numpy(),
-        ones if k_norm is None else k_norm.numpy(),
-        eps,
-        _array(query),
-    )
+        _array(qkv), step.positions, step.starts, step.tables, cos, sin, keys, values, heads, q_norm is not None,
+        ones if q_norm is None else q_norm, ones if k_norm is None else k_norm, eps, array,
+    )  # fmt: skip
     return query
 
 
@@ -296,9 +327,9 @@ def _attend_parallel(
 
 def attend(
     query: Tensor,
-    batch: RaggedBatch,
-    keys: Tensor,
-    values: Tensor,
+    step: Step,
+    keys: Any,
+    values: Any,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -310,27 +341,13 @@ def attend(
     """
     tokens, heads, width = query.shape
     kv_heads = keys.shape[1]
-    out = torch.empty((tokens, heads * width), dtype=query.dtype)
-    starts, positions = batch.starts.numpy(), batch.positions.numpy()
-    chunk_of = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
+    out, array = _empty((tokens, heads * width), query.dtype)
     arguments = (
-        _array(query),
-        chunk_of,
-        positions,
-        batch.block_tables.numpy(),
-        _array(keys),
-        _array(values),
-        scale,
-        0 if window is None else window,
-        0.0 if softcap is None else softcap,
-        _array(out),
-    )
-    work = int(positions.sum()) + tokens
-    if work * heads * width * 2 < _PARALLEL_WORK or tokens * kv_heads < 2:
+        _array(query), step.chunk_of, step.positions, step.tables, keys, values, scale,
+        0 if window is None else window, 0.0 if softcap is None else softcap, array,
+    )  # fmt: skip
+    if step.work * heads * width * 2 < _PARALLEL_WORK or tokens * kv_heads < 2:
         _attend_items(*arguments, 0, tokens * kv_heads)
-        return out
-    threads = numba.get_num_threads()
-    cost = np.cumsum(np.repeat(positions + 1, kv_heads))
-    cuts = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
-    _attend_parallel(*arguments, np.concatenate(([0], cuts, [tokens * kv_heads])).astype(np.int64))
+    else:
+        _attend_parallel(*arguments, step.parts(kv_heads))
     return out

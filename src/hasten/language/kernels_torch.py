@@ -10,7 +10,17 @@ from torch import Tensor
 
 from hasten.language.ragged import RaggedBatch
 
-__all__ = ["add_norm", "attend", "gate", "norm", "place"]
+__all__ = ["add_norm", "attend", "constant", "gate", "norm", "place", "prepare"]
+
+
+def prepare(batch: RaggedBatch) -> RaggedBatch:
+    """The form of a batch that these operations take: the batch itself."""
+    return batch
+
+
+def constant(x: Tensor) -> Tensor:
+    """The form of a weight or table that these operations take: the tensor itself."""
+    return x
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 _FEWEST = 4
 _TILE = 16
+_LARGE = 1 << 20  # entries from which a weight streams from memory; smaller ones stay in a cache and gain nothing
 
 
 class PackedLinear:
@@ -81,7 +82,7 @@ def pack(
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         product = _plain(weight, bias) if weight.device.type != "cpu" else _onednn(weight, bias)
-        pads = precision == "bf16" and weight.device.type == "cpu"
+        pads = precision == "bf16" and weight.device.type == "cpu" and weight.numel() >= _LARGE
         return PackedLinear(product, in_features, out_features, weight.numel() * weight.element_size(), tile, pads)
     if precision in ("int8", "int4"):
         from hasten.compress.kernels import quantized_product
