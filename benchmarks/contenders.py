@@ -1,7 +1,7 @@
 """The worker of one contender: loads a model, then answers commands from a pipe, one JSON line each.
 
-Commands: ``decode`` (greedy, several sequences together), ``prefill``, ``logits`` of a prompt's last token, and for ours
-``bandwidth``. Times are taken here, around the loop alone. Everything a library prints goes to the log.
+Commands: ``decode`` (greedy, several sequences together), ``prefill``, ``logits`` of a prompt's last token, and for
+ours ``bandwidth``. Times are taken here, around the loop alone. Everything a library prints goes to the log.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def main() -> None:
         channel.flush()
 
     kind, options = sys.argv[1], json.loads(sys.argv[2])
-    os.environ["OMP_NUM_THREADS"] = str(options["threads"])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):  # libraries read them when they load
+        os.environ[name] = str(options["threads"])
     try:
         runtime = KINDS[kind](**options)
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
 """Speed of the decoder alone: ours, transformers and llama.cpp on the same weights, in one run, in turns.
 
-Before anything is timed the contenders compute the logits of one prompt, so that a ratio is between equal work. Decoding
-at batch 1 reads every weight once per token; the bytes per second of that are held against the memory bandwidth that
-the same process measures here.
+Before anything is timed the contenders compute the logits of one prompt, so that a ratio is between equal work.
+Decoding at batch 1 reads every weight once per token; the bytes per second of that are held against the memory
+bandwidth that the same process measures here.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def main() -> None:
             field.add(name, "hasten", model=str(chosen.model), precision=precision, threads=chosen.threads)
         if OURS["bf16"] not in field.present:
             raise SystemExit(f"{OURS['bf16']}: {field.absent[OURS['bf16']]}")
-        field.add(
-            TORCH, "transformers", model=str(chosen.model), attention=chosen.attention, threads=chosen.threads
-        )
+        field.add(TORCH, "transformers", model=str(chosen.model), attention=chosen.attention, threads=chosen.threads)
         for kind, name in PEERS.items():
             field.add(name, "llama.cpp", model=str(gguf_path(chosen.model, kind)), threads=chosen.threads)
         details = {

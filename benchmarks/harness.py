@@ -218,6 +218,8 @@ def report(name: str, rows: Sequence[Row], path: Path | None, **details: Any) ->
 
     machine = Machine.detect()
     console = Console()
+    if not console.is_terminal:  # a log has no width
+        console = Console(width=150)
     table = Table(title=name, caption=str(machine), caption_justify="left")
     for heading in ("what", "against"):
         table.add_column(heading)

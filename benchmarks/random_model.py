@@ -188,7 +188,9 @@ def write(folder: Path, config: DecoderConfig, seed: int = 0, threads: int = 2) 
     write_gguf(config, tensors, source)
     print(f"{source}: {source.stat().st_size / 2**20:.0f} MiB")
     if find_spec("llama_cpp") is None:
-        print(f"no {' and '.join(QUANTISED)}: the package llama-cpp-python, whose quantiser makes them, is not installed")
+        print(
+            f"no {' and '.join(QUANTISED)}: the package llama-cpp-python, whose quantiser makes them, is not installed"
+        )
         return
     for kind in QUANTISED:
         path = gguf_path(folder, kind)

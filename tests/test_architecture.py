@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hasten
 import pytest
+
+import hasten
 
 ROOT = Path(hasten.__file__).parent
 FLOORS = {
@@ -20,7 +21,13 @@ FLOORS = {
     "apps": 7, "studies": 7, "testing": 7,
     "cli": 8,
 }  # fmt: skip
-ALONG_A_FLOOR = {("budget", "errors"), ("clock", "errors"), ("spiking", "adapt"), ("train", "network"), ("testing", "studies")}
+ALONG_A_FLOOR = {
+    ("budget", "errors"),
+    ("clock", "errors"),
+    ("spiking", "adapt"),
+    ("train", "network"),
+    ("testing", "studies"),
+}
 
 
 def imports(path):
@@ -57,7 +64,8 @@ def test_a_room_imports_lower_floors_only(room):
 
 
 def test_import_is_light():
-    code = "import sys, hasten; print([m for m in ('torch', 'numba', 'numpy', 'matplotlib', 'optuna') if m in sys.modules])"
+    heavy = ("torch", "numba", "numpy", "matplotlib", "optuna")
+    code = f"import sys, hasten; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

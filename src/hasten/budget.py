@@ -162,15 +162,16 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Read ``"p99<50ms, memory<2GiB, quality>99%"``; conditions are separated by commas.
 
-        ``p50``, ``p99.9`` … bound the latency at that percentile; ``latency`` alone means its median. The other names are
-        memory, size, energy, quality and throughput. Raises :class:`~hasten.errors.BudgetError`.
+        ``p50``, ``p99.9`` … bound the latency at that percentile; ``latency`` alone means its median. The other names
+        are memory, size, energy, quality and throughput. Raises :class:`~hasten.errors.BudgetError`.
         """
         bounds: list[Bound] = []
         for part in (p for p in text.split(",") if p.strip()):
             match = _CONDITION.match(part)
             if not match:
                 raise BudgetError(
-                    f"{part.strip()!r} is not a condition; write name<value, such as p99<50ms, memory<2GiB or quality>99%"
+                    f"{part.strip()!r} is not a condition; write name<value, such as p99<50ms, memory<2GiB "
+                    "or quality>99%"
                 )
             name, sign, value = match.groups()
             percentile = _percentile(name)
@@ -182,7 +183,8 @@ class Budget:
             at_least = sign.startswith(">")
             if at_least != (metric in ("quality", "throughput")):
                 raise BudgetError(
-                    f"{part.strip()!r} bounds {metric} from the wrong side; write {name}{'<' if at_least else '>'}{value}"
+                    f"{part.strip()!r} bounds {metric} from the wrong side; "
+                    f"write {name}{'<' if at_least else '>'}{value}"
                 )
             bounds.append(Bound(metric, parse_quantity(value, _METRICS[metric]), percentile, at_least))
         if not bounds:
@@ -201,7 +203,8 @@ class Budget:
                 kind = _METRICS[bound.metric]
                 verb = "asks for" if bound.at_least else "allows"
                 lines.append(
-                    f"{key} is {format_quantity(values[key], kind)}, the budget {verb} {format_quantity(bound.limit, kind)}"
+                    f"{key} is {format_quantity(values[key], kind)}, "
+                    f"the budget {verb} {format_quantity(bound.limit, kind)}"
                 )
         return lines
 

@@ -1,6 +1,7 @@
 """The demo asks a fair question, reports both columns, and admits a loss."""
 
 import pytest
+
 from hasten.apps.demo.objective import choose
 from hasten.apps.demo.page import columns, verdict
 from hasten.budget import SLO
@@ -52,4 +53,4 @@ def test_columns_name_every_latency_at_three_percentiles():
     for latency in ("TTFT", "TPOT", "inter-token latency", "end to end"):
         assert sum(n.startswith(latency) for n in names) == 3
     assert "TPOT p99 (limit 10 ms)" in names
-    assert dict((n, (u, t)) for n, u, t in rows)["TPOT p50"] == ("20 ms", "2 ms")
+    assert {n: (u, t) for n, u, t in rows}["TPOT p50"] == ("20 ms", "2 ms")

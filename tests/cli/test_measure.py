@@ -9,12 +9,12 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from hasten.serve.measurement import measure_language
 from hasten.cli.measure import build, examples, measure
 from hasten.errors import BudgetError, ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model
 from hasten.measure import Ceilings, bandwidth
+from hasten.serve.measurement import measure_language
 
 ROOFS = Ceilings("cpu", 1e10, 1e10, {"float32": 1e11, "bfloat16": 2e11})
 CONFIG = DecoderConfig(

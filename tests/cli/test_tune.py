@@ -8,12 +8,12 @@ import typer
 from typer.testing import CliRunner
 
 from hasten.budget import SLO
-from hasten.tune.language import replay_in_engine, search
 from hasten.cli.tune import tune
 from hasten.compress import Recipe
 from hasten.errors import ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model
+from hasten.tune.language import replay_in_engine, search
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,

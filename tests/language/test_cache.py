@@ -1,11 +1,12 @@
 """The block pool keeps its books under random use."""
 
 import pytest
-from hasten.errors import CacheError, OutOfBlocksError
-from hasten.language.cache import BlockPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hasten.errors import CacheError, OutOfBlocksError
+from hasten.language.cache import BlockPool
 
 
 class Pool(RuleBasedStateMachine):

@@ -1,6 +1,7 @@
 """The split is by path and keeps near-duplicates together."""
 
 import pytest
+
 from hasten.errors import DataError
 from hasten.language.corpus import documents, near_duplicates, split_of
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hasten.errors import ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hasten.language.loading import load
 from hasten.language.ragged import RaggedBatch
 

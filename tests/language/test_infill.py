@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hasten.errors import InvalidRequestError
-from hasten.language.infill import FimTokens, infill_prompt, psm, split_middle, spm, training_blocks
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hasten.errors import InvalidRequestError
+from hasten.language.infill import FimTokens, infill_prompt, psm, split_middle, spm, training_blocks
 
 MARKS = FimTokens(prefix=1001, suffix=1002, middle=1003, end=1000)
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hasten.language import kernels_cpu, kernels_torch
-from hasten.language.ragged import RaggedBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hasten.language import kernels_cpu, kernels_torch
+from hasten.language.ragged import RaggedBatch
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -68,7 +69,9 @@ def test_norms_and_gates(dtype):
     )
     one, two = residual.clone(), residual.clone()
     torch.testing.assert_close(
-        kernels_cpu.add_norm(one, x, weight.numpy(), 1e-5, dtype), kernels_torch.add_norm(two, x, weight, 1e-5, dtype), **close
+        kernels_cpu.add_norm(one, x, weight.numpy(), 1e-5, dtype),
+        kernels_torch.add_norm(two, x, weight, 1e-5, dtype),
+        **close,
     )
     torch.testing.assert_close(one, two)
     for gelu in (True, False):
@@ -97,6 +100,7 @@ def test_attention_of_a_row_does_not_depend_on_the_batch():
 def test_exponential_is_accurate_to_two_units():
     import numba
     import numpy as np
+
     from hasten.language.bfloat import exp
 
     @numba.njit

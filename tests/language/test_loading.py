@@ -5,12 +5,13 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from hasten.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import Decoder
 from hasten.language.loading import EMBEDDED, load, model_folder
 from hasten.language.pycode import write_folder
-from safetensors.torch import load_file, save_file
 
 CONFIG = DecoderConfig(61, 16, 2, 2, 1, 8, 24, max_position_embeddings=64)
 
@@ -94,7 +95,11 @@ def test_unknown_architecture_lists_the_known(folder):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rope_scaling", {"type": "dynamic", "factor": 2}), ("hidden_act", "relu"), ("quantization_config", {"quant_method": "gptq"})],
+    [
+        ("rope_scaling", {"type": "dynamic", "factor": 2}),
+        ("hidden_act", "relu"),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
 )
 def test_a_field_that_is_not_understood_is_refused(folder, field, value):
     config = json.loads((folder / "config.json").read_text())

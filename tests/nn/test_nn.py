@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hasten.nn import RMSNorm, RotaryScaling, causal_mask, grouped_attention, rotary_frequencies, rotate
 
 
@@ -22,9 +23,10 @@ def test_rotation_depends_on_distance_only():
     q, k = torch.randn(8), torch.randn(8)
 
     def score(i, j):
-        return rotate(q[None], angles[i : i + 1].cos(), angles[i : i + 1].sin()) @ rotate(
-            k[None], angles[j : j + 1].cos(), angles[j : j + 1].sin()
-        ).T
+        return (
+            rotate(q[None], angles[i : i + 1].cos(), angles[i : i + 1].sin())
+            @ rotate(k[None], angles[j : j + 1].cos(), angles[j : j + 1].sin()).T
+        )
 
     torch.testing.assert_close(score(7, 3), score(40, 36), atol=1e-5, rtol=1e-5)
     assert factor == 1.0

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError
 from hasten.language.config import DecoderConfig

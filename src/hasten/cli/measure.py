@@ -55,8 +55,8 @@ def measure(
                 progress=told,
             )  # fmt: skip
         else:
-            from hasten.serve.measurement import measure_language
             from hasten.language import load
+            from hasten.serve.measurement import measure_language
 
             loaded = load(model, device=device, dtype=dtype)
             result = measure_language(loaded, allowed, time_limit=limit, ceilings=roofs, progress=told)

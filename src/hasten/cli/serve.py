@@ -30,6 +30,10 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Answers do not depend on what else is in the batch.")
     ] = False,
+    replicas: Annotated[int, typer.Option(help="Engine processes, each with its own weights and KV cache.")] = 1,
+    balancer: Annotated[
+        str, typer.Option(help="Places requests on replicas: least-tokens or round-robin.")
+    ] = "least-tokens",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -38,7 +42,7 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name of the model towards clients.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="File with a Jinja chat template.")] = None,
     metrics_prefix: Annotated[str, typer.Option(help='Before every metric, such as "vllm:".')] = "hasten_",
-    max_queue: Annotated[int, typer.Option(help="Sequences that may wait; beyond that requests get 429.")] = 512,
+    max_queue: Annotated[int, typer.Option(help="Sequences that may wait, per replica; more get 429.")] = 512,
     calibration: Annotated[
         Path | None, typer.Option(help="File of the iteration cost; made if it is not there.")
     ] = None,
@@ -83,6 +87,8 @@ def serve(
     run(
         ServerConfig(
             worker=worker,
+            replicas=replicas,
+            balancer=balancer,
             host=host,
             port=port,
             api_key=api_key,

@@ -29,7 +29,9 @@ def train_lm(
     if preset not in EMBEDDED:
         raise ConfigurationError(f"preset {preset!r} is unknown; choose one of {', '.join(EMBEDDED)}")
     if preset == EMBEDDED[1] and target is None:
-        raise ConfigurationError(f"{preset} learns from its target; give the folder of a trained {EMBEDDED[0]} as --target")
+        raise ConfigurationError(
+            f"{preset} learns from its target; give the folder of a trained {EMBEDDED[0]} as --target"
+        )
     training = LMTraining(
         tokens=10**12 if hours is not None else tokens, seconds=None if hours is None else hours * 3600, seed=seed
     )

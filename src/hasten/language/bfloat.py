@@ -17,7 +17,8 @@ from numba.extending import intrinsic, overload, register_jitable
 __all__ = ["FAST", "exp", "load", "store"]
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-"""Floating-point freedoms of the kernels: sums may be regrouped (always in the same way), infinities keep their meaning."""
+"""Floating-point freedoms of the kernels: sums may be regrouped (always in the same way), infinities keep their
+meaning."""
 
 
 @intrinsic
@@ -94,8 +95,8 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (
 def exp(x: Any) -> Any:
     """``e**x`` in float32 to 2 units in the last place, without a call, so that loops over it vectorise.
 
-    ``2**(n + f) = 2**n * 2**f`` with n the nearest integer; the Taylor polynomial of ``2**f`` on [-0.5, 0.5]; ``2**n`` by its
-    bits. Below -87 the result is that of -87 (1e-38), above 88 that of 88.
+    ``2**(n + f) = 2**n * 2**f`` with n the nearest integer; the Taylor polynomial of ``2**f`` on [-0.5, 0.5]; ``2**n``
+    by its bits. Below -87 the result is that of -87 (1e-38), above 88 that of 88.
     """
     y = min(max(x, np.float32(-87.0)), np.float32(88.0)) * _LOG2E
     n = np.floor(y + np.float32(0.5))

@@ -30,6 +30,24 @@ ARCHITECTURES: dict[str, str] = {
 """Architectures that load, with the ``model_type`` of each."""
 
 
+_LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "norm_eps",
+    "rope_theta",
+    "tie_embeddings",
+    "bos_token_id",
+    "eos_token_ids",
+)
+"""What the config.json of a plain Llama can say."""
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Shape and habits of a causal decoder."""
@@ -92,7 +110,8 @@ class DecoderConfig:
                 raise UnsupportedModelError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModelError(
-                f"{self.num_heads} heads cannot share {self.num_kv_heads} key heads evenly; the first must be a multiple"
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} key heads evenly; "
+                "the first must be a multiple"
             )
         if self.head_dim % 2:
             raise UnsupportedModelError(f"head_dim is {self.head_dim}; rotary positions need an even width")
@@ -100,7 +119,7 @@ class DecoderConfig:
     @property
     def attention_scale(self) -> float:
         """Factor on the scores."""
-        return float(self.query_scale or self.head_dim) ** -0.5
+        return float(float(self.query_scale or self.head_dim) ** -0.5)
 
     @property
     def rotary_dim(self) -> int:
@@ -130,10 +149,7 @@ class DecoderConfig:
             DecoderConfig(1, 1, 1, 1, 1, 2, 1),
             **{
                 name: getattr(self, name)
-                for name in (
-                    "vocab_size hidden_size num_layers num_heads num_kv_heads head_dim intermediate_size "
-                    "max_position_embeddings norm_eps rope_theta tie_embeddings bos_token_id eos_token_ids"
-                ).split()
+                for name in _LLAMA_FIELDS
             },
         )
         if plain != self:
@@ -189,7 +205,12 @@ def _read(family: str, config: Mapping[str, Any]) -> DecoderConfig:
     heads, layers, hidden = config["num_attention_heads"], config["num_hidden_layers"], config["hidden_size"]
     gemma = family.startswith("gemma")
     activation = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
-    activations = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh" if gemma else ""}
+    activations = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu": "gelu_tanh" if gemma else "",
+    }
     if not activations.get(activation):
         raise UnsupportedModelError(f"activation {activation!r} is not supported; silu and gelu_pytorch_tanh are")
     if config.get("quantization_config"):
@@ -263,11 +284,15 @@ def _scaling(given: Mapping[str, Any], config: Mapping[str, Any]) -> RotaryScali
     kind = given.get("rope_type") or given.get("type") or "default"
     kind = {"su": "longrope"}.get(kind, kind)
     if kind not in ("default", "linear", "llama3", "yarn", "longrope"):
-        raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; default, linear, llama3, yarn, longrope are")
+        raise UnsupportedModelError(
+            f"rope scaling {kind!r} is not supported; default, linear, llama3, yarn, longrope are"
+        )
     if kind == "default":
         return RotaryScaling()
     context = config.get("max_position_embeddings", 2048)
-    original = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
+    original = (
+        given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or context
+    )
     return RotaryScaling(
         kind=kind,
         factor=float(given.get("factor") or (context / original if kind == "longrope" else 1.0)),

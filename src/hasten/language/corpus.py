@@ -53,10 +53,7 @@ def documents(root: str | Path | None = None, *, suite: bool = True) -> list[Doc
     if not found:
         raise DataError(f"{base} holds no readable .py file; give a folder of Python sources")
     moved = near_duplicates([d.text for d in found])
-    return [
-        Document(d.path, d.text, found[first].split, d.library)
-        for d, first in zip(found, moved, strict=True)
-    ]
+    return [Document(d.path, d.text, found[first].split, d.library) for d, first in zip(found, moved, strict=True)]
 
 
 def _read(base: Path, suite: bool, stdlib: bool) -> Iterator[Document]:

@@ -54,7 +54,8 @@ class Attention(nn.Module):
         out = grouped_attention(
             query, keys, values, scale=config.attention_scale, mask=mask, softcap=config.attention_softcap
         )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
+        attended: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
+        return attended
 
 
 class FeedForward(nn.Module):
@@ -70,7 +71,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
         gate = functional.gelu(gate, approximate="tanh") if self.gelu else functional.silu(gate)
-        return self.down_proj(gate * self.up_proj(x))
+        out: Tensor = self.down_proj(gate * self.up_proj(x))
+        return out
 
 
 class Experts(nn.Module):
@@ -138,9 +140,11 @@ class Layer(nn.Module):
         attended = self.self_attn(self.input_layernorm(x), cos, sin)
         if self.sandwich:
             x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            return x
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Body(nn.Module):
@@ -192,7 +196,8 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             cos, sin = tables[1 if layer.self_attn.local else 0]
             x = layer(x, cos, sin)
-        return self.model.norm(x)
+        hidden: Tensor = self.model.norm(x)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output matrix and the final soft cap: (..., hidden) -> (..., vocabulary)."""

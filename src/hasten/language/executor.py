@@ -102,8 +102,8 @@ class _Long:
 class Executor:
     """Runs a decoder. ``read(name, shape)`` hands out the weights, one at a time.
 
-    Contract: ``step`` writes keys and values of the batch's tokens into the cache blocks that the batch names and nothing
-    else; calls must not overlap. Blocks that two chunks share must not be written by either.
+    Contract: ``step`` writes keys and values of the batch's tokens into the cache blocks that the batch names and
+    nothing else; calls must not overlap. Blocks that two chunks share must not be written by either.
     """
 
     def __init__(
@@ -260,7 +260,16 @@ class Executor:
             keys, values = pages[index]
             cos, sin = self._local_tables if layer.local else self._tables
             query = ops.place(
-                layer.qkv(h), step, cos, sin, keys, values, config.num_heads, layer.q_norm, layer.k_norm, config.norm_eps
+                layer.qkv(h),
+                step,
+                cos,
+                sin,
+                keys,
+                values,
+                config.num_heads,
+                layer.q_norm,
+                layer.k_norm,
+                config.norm_eps,
             )
             if not long:
                 scale, cap = config.attention_scale, config.attention_softcap

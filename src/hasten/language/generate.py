@@ -114,7 +114,8 @@ def infill(
     marks = tokenizer.fim_tokens
     if marks is None:
         raise InvalidRequestError(
-            "this tokeniser has no fill-in-the-middle tokens (such as <|fim_prefix|>); use a model trained to infill", "suffix"
+            "this tokeniser has no fill-in-the-middle tokens (such as <|fim_prefix|>); use a model trained to infill",
+            "suffix",
         )
     prompt, dropped = infill_prompt(
         lambda text: tokenizer.encode(text, special=False),

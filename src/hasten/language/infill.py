@@ -1,8 +1,8 @@
 """Fill-in-the-middle: a document as prefix, suffix and middle, in the order in which a model reads it.
 
 PSM: ``<prefix> P <suffix> S <middle> M <end>``; SPM: ``<prefix><suffix> S <middle> P M <end>`` (Bavarian et al. 2022,
-"Efficient Training of Language Models to Fill in the Middle"; SPM in StarCoder's variant). Cuts fall between characters,
-not tokens, and each piece is tokenised by itself, because a cursor may stand inside a word.
+"Efficient Training of Language Models to Fill in the Middle"; SPM in StarCoder's variant). Cuts fall between
+characters, not tokens, and each piece is tokenised by itself, because a cursor may stand inside a word.
 Differs from the paper in the size of a sample: pieces of files that fit the context, instead of whole documents.
 """
 
@@ -114,4 +114,5 @@ def training_blocks(
     flat = np.asarray(stream, dtype=np.int32)
     rows = (len(flat) - 1) // block
     starts = np.arange(rows)[:, None] * block + np.arange(block + 1)[None, :]
-    return flat[starts]
+    blocks: np.ndarray = flat[starts]
+    return blocks

@@ -71,7 +71,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
     return out, _array(out)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _norm(residual: Any, x: Any, add: bool, weight: Any, eps: float, out: Any) -> None:
     rows, width = out.shape
     for row in range(rows):
@@ -92,7 +92,7 @@ def _norm(residual: Any, x: Any, add: bool, weight: Any, eps: float, out: Any) -
             store(target, i, line[i] * factor * weight[i])
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _norm_only(x: Any, weight: Any, eps: float, out: Any) -> None:
     rows, width = out.shape
     for row in range(rows):
@@ -120,7 +120,7 @@ def add_norm(residual: Tensor, x: Tensor, weight: Any, eps: float, dtype: torch.
     return out
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _gate_rows(x: Any, gelu: bool, first: int, last: int, out: Any) -> None:
     inner = out.shape[1]
     for row in range(first, last):
@@ -136,7 +136,7 @@ def _gate_rows(x: Any, gelu: bool, first: int, last: int, out: Any) -> None:
                 store(target, i, value / (np.float32(1.0) + exp(-value)) * load(line[inner + i]))
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _gate_parallel(x: Any, gelu: bool, parts: int, out: Any) -> None:
     rows = out.shape[0]
     for part in prange(parts):
@@ -153,7 +153,7 @@ def gate(x: Tensor, gelu: bool) -> Tensor:
     return out
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _head_factor(line: Any, width: int, normed: bool, eps: float) -> Any:
     if not normed:
         return np.float32(1.0)
@@ -164,7 +164,7 @@ def _head_factor(line: Any, width: int, normed: bool, eps: float) -> Any:
     return np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _place(
     qkv: Any,
     positions: Any,
@@ -241,7 +241,7 @@ def place(
     return query
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _attend_one(
     query: Any, table: Any, position: int, head: int, group: int, keys: Any, values: Any, scale: float, window: int,
     softcap: float, out: Any, q: Any, acc: Any, scores: Any, best: Any, total: Any,
@@ -297,7 +297,7 @@ def _attend_one(
             store(out, at + i, sums[i] * inverse)
 
 
-@njit(cache=True, fastmath=FAST)
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _attend_items(
     query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
     softcap: float, out: Any, first: int, last: int,
@@ -315,7 +315,7 @@ def _attend_items(
                     softcap, out[token], q, acc, scores, best, total)  # fmt: skip
 
 
-@njit(cache=True, parallel=True, fastmath=FAST)
+@njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _attend_parallel(
     query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
     softcap: float, out: Any, cuts: Any,

@@ -1,9 +1,10 @@
 """Packed matrices: weights laid out once for the kernel that will multiply them.
 
-A weight (out, in) is read once per step whatever the number of rows, so up to some tens of rows a product costs the bytes
-of its weight. oneDNN reads a packed bfloat16 weight at the machine's bandwidth from four rows on but not for fewer
-(measured on AVX-512 with bf16 instructions: 27 GB/s for one row, 37 for four, of 34 to 37), so fewer rows are padded to four.
-In deterministic mode products always have sixteen rows, so that a row's bits do not depend on how many rows there are.
+A weight (out, in) is read once per step whatever the number of rows, so up to some tens of rows a product costs the
+bytes of its weight. oneDNN reads a packed bfloat16 weight at the machine's bandwidth from four rows on but not for
+fewer (measured on AVX-512 with bf16 instructions: 27 GB/s for one row, 37 for four, of 34 to 37), so fewer rows are
+padded to four. In deterministic mode products always have sixteen rows, so that a row's bits do not depend on how many
+rows there are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ class PackedLinear:
     """``x @ weight.T + bias`` for x (rows, in) -> (rows, out), in the type of x."""
 
     def __init__(
-        self, product: Callable[[Tensor], Tensor], in_features: int, out_features: int, num_bytes: int, tile: int | None,
+        self,
+        product: Callable[[Tensor], Tensor],
+        in_features: int,
+        out_features: int,
+        num_bytes: int,
+        tile: int | None,
         pads: bool = False,
     ) -> None:
         self._product = product
@@ -69,9 +75,7 @@ def best_precision(device: str = "cpu") -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and "AVX2" not in cpu.get_cpu_capability() else "fp32"
 
 
-def pack(
-    weight: Tensor, precision: str, *, bias: Tensor | None = None, deterministic: bool = False
-) -> PackedLinear:
+def pack(weight: Tensor, precision: str, *, bias: Tensor | None = None, deterministic: bool = False) -> PackedLinear:
     """Lay out ``weight`` (out, in) at ``precision``; the caller's tensor is not kept.
 
     Raises :class:`ConfigurationError` for a precision that this device or shape does not have.

@@ -90,7 +90,7 @@ class LanguageModel:
         """The runtime that serves: packed weights, one ragged forward."""
         from hasten.language.executor import Executor
 
-        options = {"device": self.device, "precision": self.precision, "deterministic": self.deterministic}
+        options: dict[str, Any] = {"device": self.device, "precision": self.precision, "deterministic": self.deterministic}
         if self._decoder is not None:
             state = self._decoder.state_dict()
             return Executor(self.config, lambda name, shape: state[name].detach(), progress=self._progress, **options)
@@ -127,9 +127,7 @@ class LanguageModel:
         from hasten.language.params import SamplingParams
 
         params = SamplingParams(**{"temperature": 0.0, **knobs})
-        return infill(
-            self.executor, self.tokenizer, prefix, suffix, params, eos=self.eos_token_ids, on_token=on_token
-        )
+        return infill(self.executor, self.tokenizer, prefix, suffix, params, eos=self.eos_token_ids, on_token=on_token)
 
     def with_precision(self, precision: str) -> LanguageModel:
         """The same model, to be run at another precision."""
@@ -165,10 +163,10 @@ def load(
 ) -> LanguageModel:
     """Load a Hugging Face folder or an embedded model.
 
-    ``dtype``: precision of the weights in the runtime (auto, fp32, bf16, int8, int4). ``deterministic``: the tokens of a
-    prompt do not depend on what else is in the batch. ``context``: tokens that a sequence may have, at most the model's
-    own (a model with LongRoPE uses its short factors throughout where the context is within the original one, its long
-    factors throughout where it is beyond). ``progress(done, total)`` is called as layers are packed.
+    ``dtype``: precision of the weights in the runtime (auto, fp32, bf16, int8, int4). ``deterministic``: the tokens of
+    a prompt do not depend on what else is in the batch. ``context``: tokens that a sequence may have, at most the
+    model's own (a model with LongRoPE uses its short factors throughout where the context is within the original one,
+    its long factors throughout where it is beyond). ``progress(done, total)`` is called as layers are packed.
 
     >>> load("pycode-4m").config.num_layers
     8

@@ -41,8 +41,8 @@ class RaggedBatch:
     ) -> RaggedBatch:
         """Lay out chunks given as ``(token ids, tokens already in the cache, block table)``.
 
-        ``logits``: ``"last"`` for the last token of every chunk, ``"all"`` for every token, or one flag per chunk that says
-        whether its last token's logits are wanted.
+        ``logits``: ``"last"`` for the last token of every chunk, ``"all"`` for every token, or one flag per chunk that
+        says whether its last token's logits are wanted.
         """
         ids: list[int] = []
         positions: list[int] = []

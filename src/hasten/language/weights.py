@@ -1,8 +1,8 @@
 """Reading a Hugging Face folder: config.json and (sharded) safetensors, under one set of parameter names.
 
-Families differ in how they store a few matrices (Phi-3 fuses query, key and value; Mixtral names its experts w1, w2, w3;
-newer folders stack all experts). The reader renames and cuts them, lazily and tensor by tensor, so that a model is never
-held twice. Anything missing, truncated, of another shape or not finite is named.
+Families differ in how they store a few matrices (Phi-3 fuses query, key and value; Mixtral names its experts w1, w2,
+w3; newer folders stack all experts). The reader renames and cuts them, lazily and tensor by tensor, so that a model is
+never held twice. Anything missing, truncated, of another shape or not finite is named.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ def read_config(folder: Path) -> DecoderConfig:
     """The configuration of the model in ``folder``. Raises :class:`ModelLoadError`, :class:`UnsupportedModelError`."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ModelLoadError(f"{folder} is not a folder; give a Hugging Face model folder or the name of an embedded model")
+        raise ModelLoadError(
+            f"{folder} is not a folder; give a Hugging Face model folder or the name of an embedded model"
+        )
     if not path.is_file():
-        raise ModelLoadError(f"{folder} has no config.json; a model folder holds config.json, *.safetensors, tokenizer.json")
+        raise ModelLoadError(
+            f"{folder} has no config.json; a model folder holds config.json, *.safetensors, tokenizer.json"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -86,7 +90,8 @@ class WeightReader:
         others = sorted(self.folder.glob("*.safetensors"))
         if not others:
             raise ModelLoadError(
-                f"{self.folder} has no *.safetensors; convert the weights (pickled .bin files are not read) and try again"
+                f"{self.folder} has no *.safetensors; convert the weights (pickled .bin files are not read) "
+                "and try again"
             )
         return others
 
@@ -125,7 +130,9 @@ class WeightReader:
             inner = config.moe_intermediate_size
             stacked = head + ("mlp.experts.down_proj" if part == "down_proj" else "mlp.experts.gate_up_proj")
             if stacked in self._stored:
-                rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner), "down_proj": slice(None)}[part]
+                rows = {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner), "down_proj": slice(None)}[
+                    part
+                ]
                 yield self._stored[stacked], number, rows
         if renamed != name and renamed in self._stored:
             yield self._stored[renamed], None, None
@@ -136,14 +143,18 @@ class WeightReader:
             name = "model.embed_tokens.weight"
         source = next(self._sources(name), None)
         if source is None:
-            raise ModelLoadError(f"the weights in {self.folder} lack {name}; the folder is incomplete or of another family")
+            raise ModelLoadError(
+                f"the weights in {self.folder} lack {name}; the folder is incomplete or of another family"
+            )
         stored, first, rows = source
         part = self._files[stored].get_slice(stored)
-        tensor = part[:] if first is None else part[first] if rows is None else part[first, rows]
+        tensor: Tensor = part[:] if first is None else part[first] if rows is None else part[first, rows]
         if isinstance(first, int) and tensor.dim() == 3:
             tensor = tensor[0]
         if shape is not None and tuple(tensor.shape) != shape:
-            raise ModelLoadError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; the two do not match")
+            raise ModelLoadError(
+                f"{name} has shape {tuple(tensor.shape)}, config.json asks for {shape}; the two do not match"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelLoadError(f"{name} holds values that are not finite; the file is damaged or training diverged")
         return tensor

@@ -46,8 +46,8 @@ def rotary_frequencies(
 ) -> tuple[Tensor, float]:
     """Radians per position of each pair, and the factor on cosines and sines.
 
-    ``width`` is the rotated part of a head (even), ``context`` the tokens that will be seen (longrope picks its factors by
-    it). Returns ((width / 2,) float32, factor).
+    ``width`` is the rotated part of a head (even), ``context`` the tokens that will be seen (longrope picks its
+    factors by it). Returns ((width / 2,) float32, factor).
     """
     base = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     if scaling.kind == "linear":

@@ -17,6 +17,7 @@ from hasten.serve.simulate import SimulationReport, Simulator
 from hasten.serve.workload import RequestSpec, Workload
 
 if TYPE_CHECKING:
+    from hasten.serve import bench
     from hasten.serve.engine import Engine
     from hasten.serve.local import Pipeline, pipeline
     from hasten.serve.remote import Client, client
@@ -52,6 +53,7 @@ __all__ = [
     "WorkerConfig",
     "Workload",
     "attainment",
+    "bench",
     "client",
     "pipeline",
     "policy",
@@ -75,8 +77,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "bench":
+        return import_module("hasten.serve.bench")
+    if name in _LAZY:
         return getattr(import_module(f"hasten.serve.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'hasten.serve' has no attribute {name!r}")

@@ -31,13 +31,14 @@ from hasten.errors import (
 )
 from hasten.language.params import SamplingParams
 from hasten.language.tokenizer import NoTokenizer, Tokenizer
+from hasten.serve.balance import Load
 from hasten.serve.link import Unpacker, pack
 from hasten.serve.worker import WorkerConfig
 
 if TYPE_CHECKING:
     from hasten.serve.output import Output
 
-__all__ = ["AsyncEngine", "EngineInfo", "News", "Ticket"]
+__all__ = ["AsyncEngine", "EngineInfo", "News", "Ticket", "count_refusal"]
 
 logger = logging.getLogger("hasten.serve")
 
@@ -195,7 +196,8 @@ class AsyncEngine:
         self._restart_delay = restart_delay
         self._failures = 0
         self._tickets: dict[int, Ticket] = {}
-        self._waiting: set[int] = set()  # sequences without any news yet
+        self._waiting: dict[int, int] = {}  # sequences without any news yet, and the prompt tokens that are theirs
+        self._waiting_tokens = 0
         self._next = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._wire: _Wire | None = None
@@ -232,6 +234,7 @@ class AsyncEngine:
         )
         theirs.close()
         self.phases = []
+        self._snapshot = None
         self._since = begin
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
@@ -264,6 +267,7 @@ class AsyncEngine:
         self._queries.clear()
         tickets, self._tickets = self._tickets, {}
         self._waiting.clear()
+        self._waiting_tokens = 0
         for ticket in set(tickets.values()):
             ticket.fail(error)
         self._note_idle()
@@ -344,6 +348,33 @@ class AsyncEngine:
         return len(self._tickets)
 
     @property
+    def alive(self) -> bool:
+        """Whether a process runs that can finish requests."""
+        return self._wire is not None and self.state in ("ready", "draining")
+
+    @property
+    def load(self) -> Load:
+        """What is still to do, as far as it is known here: prompts without a token yet, one token per answer."""
+        running = len(self._tickets) - len(self._waiting)
+        return Load(len(self._tickets), self._waiting_tokens + running, self.alive)
+
+    def health(self) -> dict[str, Any]:
+        """State and restarts, for ``/health``."""
+        return {"status": self.state, "restarts": self.restarts}
+
+    def metrics(self) -> dict[str, Any]:
+        """What is counted here rather than in the process, for ``/metrics``."""
+        return {
+            "gauges": {"engine_up": int(self.state in ("ready", "draining"))},
+            "counters": {"engine_restarts": self.restarts},
+            "refused": self.refused,
+        }
+
+    def may_retry(self) -> bool:
+        """Whether a request that a dead process took along may be submitted again; one engine has no other."""
+        return False
+
+    @property
     def retry_after(self) -> float:
         """Estimated seconds until the queue has room."""
         seats = max(1, self.config.max_num_seqs)
@@ -351,24 +382,29 @@ class AsyncEngine:
 
     def check_open(self, count: int = 1) -> None:
         """Raise what ``submit`` would raise for ``count`` more sequences, whatever they hold."""
+        error = self.refusal(count)
+        if error is not None:
+            count_refusal(self.refused, error)
+            raise error
+
+    def refusal(self, count: int) -> HastenError | None:
+        """The error that ``count`` more sequences would be refused with, None if they may come."""
         if self.state in ("draining", "stopped"):
-            self.refused["stopping"] += 1
-            raise EngineStoppingError("the server is stopping and takes no new requests; use another one")
+            return EngineStoppingError("the server is stopping and takes no new requests; use another one")
         if self.state != "ready" or self._wire is None:
-            self.refused["dead"] += 1
-            raise EngineDeadError("the engine is not ready; try again in a moment")
+            return EngineDeadError("the engine is not ready; try again in a moment")
         free = max(0, self.config.max_num_seqs - (len(self._tickets) - len(self._waiting)))
         if count > self.max_queue + self.config.max_num_seqs:
-            raise InvalidRequestError(
+            return InvalidRequestError(
                 f"the request asks for {count} answers; this server holds {self.max_queue + self.config.max_num_seqs}",
                 "n",
             )
         if len(self._waiting) + count > self.max_queue + free:
-            self.refused["overloaded"] += 1
-            raise OverloadedError(
+            return OverloadedError(
                 f"{len(self._waiting)} requests wait and at most {self.max_queue} may; try again later",
                 self.retry_after,
             )
+        return None
 
     def submit(
         self,
@@ -379,15 +415,18 @@ class AsyncEngine:
         arrival: float | None = None,
         priority: int = 0,
         slo: SLO | None = None,
+        retry: bool = False,
     ) -> Ticket:
         """Start ``copies`` sequences for each prompt; sequence ``p * copies + c`` is copy ``c`` of prompt ``p``.
 
-        Copies share their prompt's blocks and draw from seeds of their own. Raises ``RequestError`` for what is
+        Copies share their prompt's blocks and draw from seeds of their own. ``retry``: the request was admitted before
+        and is taken although the queue is full or drained. Raises ``RequestError`` for what is
         wrong with the request, ``OverloadedError``, ``EngineStoppingError`` or ``EngineDeadError`` for what is
         wrong here.
         """
         assert self.info is not None or self.state != "ready"
-        self.check_open(len(prompts) * copies)
+        if not (retry and self.alive):
+            self.check_open(len(prompts) * copies)
         for prompt in prompts:
             self._check(prompt, params)
         arrival = self.clock.now() if arrival is None else arrival
@@ -403,11 +442,12 @@ class AsyncEngine:
                     own = replace(params, seed=(params.seed + copy * 0x9E3779B97F4A7C15) % 2**63)
                 requests.append((name, list(prompt), own, arrival, priority, slo, leader))
                 names.append(name)
+                self._waiting[name] = 0 if copy else len(prompt)
                 leader = name if leader is None else leader
+            self._waiting_tokens += len(prompt)
         ticket = Ticket(self, names, max(self._max_pending, 64 * len(names)))
         for name in names:
             self._tickets[name] = ticket
-        self._waiting.update(names)
         self._idle.clear()
         self._send("add", requests)
         return ticket
@@ -434,7 +474,7 @@ class AsyncEngine:
     def _cancel(self, names: list[int], *, stop: bool) -> None:
         for name in names:
             self._tickets.pop(name, None)
-            self._waiting.discard(name)
+            self._waiting_tokens -= self._waiting.pop(name, 0)
         self._note_idle()
         if self._wire is not None:
             self._send("cancel", [(name, stop) for name in names])
@@ -506,7 +546,7 @@ class AsyncEngine:
                 continue
             output = item[2] if len(item) == 3 else None
             if name in waiting:
-                waiting.discard(name)
+                self._waiting_tokens -= waiting.pop(name)
             if not ticket.push(name, item[1], output):
                 ticket.cancel()
             elif output is not None and output.finish is not None:
@@ -519,6 +559,16 @@ class AsyncEngine:
     def _note_idle(self) -> None:
         if not self._tickets:
             self._idle.set()
+
+
+def count_refusal(refused: dict[str, int], error: HastenError) -> None:
+    """Count a request that was turned away; one that is wrong in itself is not."""
+    if isinstance(error, EngineStoppingError):
+        refused["stopping"] += 1
+    elif isinstance(error, EngineDeadError):
+        refused["dead"] += 1
+    elif isinstance(error, OverloadedError):
+        refused["overloaded"] += 1
 
 
 def _error_of(name: str, text: str) -> HastenError:

@@ -1,4 +1,4 @@
-"""The server process: an HTTP front on one asyncio loop, an engine in a process of its own.
+"""The server process: an HTTP front on one asyncio loop, an engine (or several) in a process of its own.
 
 SIGTERM (or the first SIGINT) drains: requests that run finish, new ones get 503, then the process ends with status 0. A
 second signal ends it at once. It listens on 127.0.0.1 unless told otherwise.
@@ -24,6 +24,7 @@ from typing import Any
 
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, EngineDeadError, HastenError
+from hasten.serve.balance import make_balancer
 from hasten.serve.worker import WorkerConfig
 
 __all__ = ["ServerConfig", "ServerHandle", "run", "start"]
@@ -36,7 +37,11 @@ class ServerConfig:
     """What a server is to run; plain data."""
 
     worker: WorkerConfig = field(default_factory=WorkerConfig)
-    """the engine"""
+    """the engine; with several replicas, each of them"""
+    replicas: int = 1
+    """engine processes; requests are shared among them, and a dead one's are retried once on another"""
+    balancer: str = "least-tokens"
+    """how a request is placed on a replica: least-tokens or round-robin"""
     host: str = "127.0.0.1"
     """address to listen on"""
     port: int = 8000
@@ -50,7 +55,7 @@ class ServerConfig:
     chat_template: str | None = None
     """a chat template instead of the model's own"""
     max_queue: int = 512
-    """sequences that may wait; beyond that requests get 429"""
+    """sequences that may wait at each engine; beyond that requests get 429"""
     max_pending: int = 4096
     """tokens that a client may be behind before its request is cancelled"""
     drain_timeout: float = 120.0
@@ -59,6 +64,11 @@ class ServerConfig:
     """file that is written (as JSON) when the server listens"""
     defaults: dict[str, Any] = field(default_factory=dict)
     """sampling knobs for requests that leave them open"""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigurationError(f"replicas is {self.replicas}; at least 1 engine must serve")
+        make_balancer(self.balancer)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ServerConfig:
@@ -93,10 +103,16 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
     from hasten.serve.front import AsyncEngine
     from hasten.serve.http.app import App
     from hasten.serve.http.state import ServerState
+    from hasten.serve.replicas import Replicas
 
     begin = clock.now()
     listener = _listen(config)
-    engine = AsyncEngine(config.worker, max_queue=config.max_queue, max_pending=config.max_pending, clock=clock)
+    limits: dict[str, Any] = {"max_queue": config.max_queue, "max_pending": config.max_pending, "clock": clock}
+    engine: AsyncEngine | Replicas
+    if config.replicas == 1:
+        engine = AsyncEngine(config.worker, **limits)
+    else:
+        engine = Replicas(config.worker, config.replicas, balancer=make_balancer(config.balancer), **limits)
     state = ServerState(
         engine,
         wall_clock=time.time,
@@ -167,6 +183,8 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
             data["num_blocks"],
             data["block_size"],
         )
+        if config.replicas > 1:
+            logger.info("%d replicas, balancer %s", config.replicas, config.balancer)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
@@ -246,10 +264,10 @@ def start(
 ) -> ServerHandle:
     """Start a server for ``model`` in a process of its own and return when it is ready.
 
-    ``settings`` are the fields of :class:`ServerConfig` and :class:`~hasten.serve.worker.WorkerConfig`: ``policy``,
-    ``token_budget``, ``slo``, ``max_num_seqs``, ``num_blocks``, ``threads``, ``max_queue``, ``api_key`` … ``port``
-    0 takes a free one. Raises :class:`~hasten.errors.EngineDeadError` with the end of its log if it ends or is not
-    ready within ``timeout`` seconds, ``ConfigurationError`` for an unknown setting.
+    ``settings`` are the fields of :class:`ServerConfig` and :class:`~hasten.serve.worker.WorkerConfig`: ``replicas``,
+    ``policy``, ``token_budget``, ``slo``, ``max_num_seqs``, ``num_blocks``, ``threads``, ``max_queue``, ``api_key`` …
+    ``port`` 0 takes a free one. Raises :class:`~hasten.errors.EngineDeadError` with the end of its log if it ends or
+    is not ready within ``timeout`` seconds, ``ConfigurationError`` for an unknown setting.
     """
     clock = clock or MonotonicClock()
     unknown = sorted(set(settings) - _SERVER_FIELDS - _WORKER_FIELDS)

@@ -1,8 +1,9 @@
 """The embedded model and the base part of its card: does it know Python better than its peers of the same means?
 
-"Improving FIM Code Completions via Context & Curriculum Based Learning", Sagtani et al., 2024, arXiv:2412.16589. Only the
-base training is rerun here: fill-in-the-middle samples, held-out bits per byte, latency of a completion. The curriculum
-and its main claim (fine-tuning on hard nodes beats random spans) come on top of this model later, and are not judged.
+"Improving FIM Code Completions via Context & Curriculum Based Learning", Sagtani et al., 2024, arXiv:2412.16589. Only
+the base training is rerun here: fill-in-the-middle samples, held-out bits per byte, latency of a completion. The
+curriculum and its main claim (fine-tuning on hard nodes beats random spans) come on top of this model later, and are
+not judged.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def latency(scale: Scale) -> Iterator[Check]:
 
 study = Study(
     system="fim-curriculum",
-    claim="Small fill-in-the-middle models become better completers within half a second of latency; here the base model.",
+    claim="Small fill-in-the-middle models become better completers within half a second of latency; "
+    "here the base model.",
     published={
         "latency constraint": "500 ms (paper page)",
         "sizes": "every fine-tuned model improves, smaller ones most (abstract)",

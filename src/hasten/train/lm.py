@@ -2,8 +2,8 @@
 
 Hidden matrices move by Muon (Jordan et al. 2024: momentum, then the nearest orthogonal matrix by Newton-Schulz steps;
 scale of Liu et al. 2025, "Muon is Scalable for LLM Training"), everything else by AdamW. The rate warms up, stays, and
-falls linearly to zero over the last part of the run (warm-up, stable, decay). A run is as long as its token count says, or
-ends on time: with ``seconds`` the schedule follows the clock, and the log says how many tokens that were.
+falls linearly to zero over the last part of the run (warm-up, stable, decay). A run is as long as its token count
+says, or ends on time: with ``seconds`` the schedule follows the clock, and the log says how many tokens that were.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class LMTraining:
         return min(1.0, max(0.0, 1.0 - progress) / self.decay) if self.decay else 1.0
 
 
-def cross_entropy(
-    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, chunk: int = 2048
-) -> Tensor:
+def cross_entropy(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, *, chunk: int = 2048) -> Tensor:
     """Mean next-token loss in nats without holding all logits at once.
 
     hidden (tokens, width), targets (tokens,); negative targets do not count.
@@ -94,8 +92,8 @@ def fit_lm(
 
     ``model`` has ``hidden(tokens) -> (batch, time, width)`` and ``logits``; ``batches`` yields rows (batch, time + 1)
     int64, or a pair of inputs and targets. With ``checkpoint`` the run is saved there as it goes and goes on from there
-    if the file exists; the file is replaced in one move, so that a kill leaves the old one. ``extra_loss(inputs, hidden)``
-    replaces the cross-entropy where given (distillation).
+    if the file exists; the file is replaced in one move, so that a kill leaves the old one. ``extra_loss(inputs,
+    hidden)`` replaces the cross-entropy where given (distillation).
     """
     clock = clock or MonotonicClock()
     torch.manual_seed(training.seed)
@@ -192,9 +190,9 @@ def bits_per_byte(
 ) -> float:
     """Cross-entropy of ``documents`` (token ids) in bits per byte of their text.
 
-    ``logits`` maps ids (batch, time) to (batch, time, vocabulary). Each document begins after the token ``start`` and is
-    read through windows of ``context`` tokens that move on by ``stride``, so that every token but the first ones has at
-    least ``context - stride`` tokens of history. Each token counts once.
+    ``logits`` maps ids (batch, time) to (batch, time, vocabulary). Each document begins after the token ``start`` and
+    is read through windows of ``context`` tokens that move on by ``stride``, so that every token but the first ones
+    has at least ``context - stride`` tokens of history. Each token counts once.
     """
     rows: list[tuple[list[int], int]] = []  # ids, first position that counts
     for ids in documents:
@@ -217,7 +215,9 @@ def bits_per_byte(
             inputs[index, : len(ids) - 1] = row[:-1]
             targets[index, first - 1 : len(ids) - 1] = row[first:]
         scores = logits(inputs).float()
-        nats += functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum").item()
+        nats += functional.cross_entropy(
+            scores.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+        ).item()
         if on_batch is not None:
             on_batch(min(at + batch_rows, len(rows)), len(rows))
     return nats / math.log(2) / num_bytes

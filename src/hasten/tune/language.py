@@ -142,9 +142,7 @@ def tune_server(
         told(f"calibrating {precision}", 0.3 * index / len(precisions))
         models[precision] = model if precision == model.executor.precision else model.with_precision(precision)
         if precision not in known:
-            known[precision] = Cost.calibrate(
-                models[precision], clock, time_limit=calibration_time, progress=False
-            )
+            known[precision] = Cost.calibrate(models[precision], clock, time_limit=calibration_time, progress=False)
 
     def measure(point: Point) -> dict[str, float]:
         one = models[point["precision"]]

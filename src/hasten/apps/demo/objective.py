@@ -47,7 +47,8 @@ def choose(
     overhead: float,
     progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> Objective:
-    """Pick the load and the limits. ``shape(rate)`` is the workload at a rate; ``overhead`` seconds go to every step."""
+    """Pick the load and the limits. ``shape(rate)`` is the workload at a rate; ``overhead`` seconds go to every
+    step."""
     from hasten.serve.policy import make
     from hasten.serve.simulate import Simulator
 
@@ -73,9 +74,9 @@ def choose(
     ttft = 2.0 * max(untuned.ttft.p99, tuned.ttft.p99)
     slo = SLO(ttft=Target(_round(ttft)), tpot=Target(_round(tpot)))
     why = (
-        f"{rate:g} requests/s is {_LOAD:.0%} of the load that a chunked schedule can carry here; the simulator expects a "
-        f"p99 TPOT of {format_quantity(untuned.tpot.p99, 'time')} untuned and {format_quantity(tuned.tpot.p99, 'time')} "
-        f"tuned, so the limit lies between them"
+        f"{rate:g} requests/s is {_LOAD:.0%} of the load that a chunked schedule can carry here; the simulator expects "
+        f"a p99 TPOT of {format_quantity(untuned.tpot.p99, 'time')} untuned and {format_quantity(tuned.tpot.p99, 'time')}"
+        f" tuned, so the limit lies between them"
     )
     progress("done", 1.0)
     return Objective(slo, load, why)

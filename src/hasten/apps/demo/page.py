@@ -22,7 +22,9 @@ def columns(untuned: ServingMetrics, tuned: ServingMetrics, slo: SLO) -> list[tu
     for key, name in names.items():
         for q in ("p50", "p90", "p99"):
             limit = limits.get(key)
-            bound = f" (limit {format_quantity(limit.limit, 'time')})" if limit and f"p{limit.percentile:g}" == q else ""
+            bound = (
+                f" (limit {format_quantity(limit.limit, 'time')})" if limit and f"p{limit.percentile:g}" == q else ""
+            )
             one, two = (format_quantity(getattr(getattr(m, key), q), "time") for m in (untuned, tuned))
             rows.append((f"{name} {q}{bound}", one, two))
     for label, attribute, kind in (
@@ -43,7 +45,8 @@ def verdict(untuned: ServingMetrics, tuned: ServingMetrics, slo: SLO) -> tuple[s
     met = {True: "meets", False: "misses"}
     numbers = (
         f"untuned {met[untuned.meets(slo)]} {slo} ({untuned.slo_attainment:.1%} of requests inside, goodput "
-        f"{untuned.goodput:.3g} /s); tuned {met[tuned.meets(slo)]} it ({tuned.slo_attainment:.1%}, {tuned.goodput:.3g} /s)"
+        f"{untuned.goodput:.3g} /s); tuned {met[tuned.meets(slo)]} it ({tuned.slo_attainment:.1%}, "
+        f"{tuned.goodput:.3g} /s)"
     )
     if tuned.meets(slo) and not untuned.meets(slo):
         return f"The tuned server is better: {numbers}.", True

@@ -41,39 +41,39 @@ PIECES = (
     ),
     Piece(
         "complete a parser",
-        '''import argparse
+        """import argparse
 
 
 def main():
     parser = argparse.ArgumentParser(description="Count the lines of a file.")
-    parser.add_argument(''',
+    parser.add_argument(""",
         max_tokens=40,
     ),
     Piece(
         "infill an argument",
-        '''import os
+        """import os
 
 
 def read_all(path):
-    with open(''',
-        ''') as file:
+    with open(""",
+        """) as file:
         return file.read()
-''',
+""",
         max_tokens=16,
     ),
     Piece(
         "infill a body",
-        '''class Stack:
+        """class Stack:
     def __init__(self):
         self.items = []
 
     def push(self, item):
-        ''',
-        '''
+        """,
+        """
 
     def pop(self):
         return self.items.pop()
-''',
+""",
         max_tokens=24,
     ),
 )

@@ -175,7 +175,9 @@ def _cost_table(console: Console, measurement: LanguageMeasurement) -> None:
 def _columns_table(console: Console, result: DemoResult) -> None:
     from rich.table import Table
 
-    table = Table("", "untuned", "tuned", title=f"{len(result.objective.workload)} requests, SLO {result.objective.slo}")
+    table = Table(
+        "", "untuned", "tuned", title=f"{len(result.objective.workload)} requests, SLO {result.objective.slo}"
+    )
     for row in columns(result.untuned.metrics, result.tuned.metrics, result.objective.slo):
         table.add_row(*row)
     console.print(table)

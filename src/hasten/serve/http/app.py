@@ -200,7 +200,7 @@ class App:
     async def _health(self, scope: Any, receive: Receive, send: Send) -> None:
         engine = self.state.engine
         good = engine.state == "ready"
-        body: dict[str, Any] = {"status": engine.state, "restarts": engine.restarts}
+        body = engine.health()
         if not good:
             body["error"] = {
                 "message": f"the server is {engine.state}",
@@ -215,13 +215,8 @@ class App:
 
     async def _metrics(self, scope: Any, receive: Receive, send: Send) -> None:
         engine = self.state.engine
-        front = {
-            "gauges": {"engine_up": int(engine.state in ("ready", "draining"))},
-            "counters": {"engine_restarts": engine.restarts},
-            "refused": engine.refused,
-        }
         snapshot = await engine.stats(check=b"check" in scope.get("query_string", b""))
-        text = render(snapshot, front, prefix=self.state.metrics_prefix, model=self.state.name)
+        text = render(snapshot, engine.metrics(), prefix=self.state.metrics_prefix, model=self.state.name)
         lines = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": lines})
         await send({"type": "http.response.body", "body": text.encode(), "more_body": False})

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import EngineError, HastenError, InvalidRequestError
+from hasten.errors import EngineDeadError, EngineError, HastenError, InvalidRequestError
 from hasten.serve.front import Ticket
 from hasten.serve.http.answer import (
     Answer,
@@ -185,21 +185,27 @@ async def _prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[lis
 
 async def _run(state: ServerState, job: _Job, arrival: float, receive: Receive, send: Send) -> None:
     request = job.request
-    ticket = state.engine.submit(
-        job.prompts, job.params, copies=job.copies, arrival=arrival, priority=request.priority, slo=slo_of(request)
-    )
     job.id = ("chatcmpl-" if job.chat else "cmpl-") + secrets.token_hex(12)
     job.created = int(state.wall_clock())
     owners = [p for p in job.prompts for _ in range(job.copies)]
-    answers = [Answer(i, prompt, state.tokenizer, job.params) for i, prompt in enumerate(owners)]
-    try:
-        async with _watched(ticket, receive):
-            if request.stream:
-                await _stream(state, job, ticket, answers, send)
-            else:
-                await _whole(state, job, ticket, answers, send)
-    finally:
-        ticket.cancel()
+    slo = slo_of(request)
+    for again in (False, True):
+        ticket = state.engine.submit(
+            job.prompts, job.params, copies=job.copies, arrival=arrival, priority=request.priority, slo=slo, retry=again
+        )
+        answers = [Answer(i, prompt, state.tokenizer, job.params) for i, prompt in enumerate(owners)]
+        try:
+            async with _watched(ticket, receive):
+                if request.stream:
+                    await _stream(state, job, ticket, answers, send)
+                else:
+                    await _whole(state, job, ticket, answers, send)
+            return
+        except EngineDeadError:  # neither lets it through once something was sent
+            if again or not state.engine.may_retry():
+                raise
+        finally:
+            ticket.cancel()
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ _HELP = {
     "recomputed_tokens": "Tokens computed again after preemptions.",
     "engine_iterations": "Forward passes.",
     "request_success": "Requests that ended, by reason.",
+    "request_retries": "Requests submitted again, to another replica, after their engine process had ended.",
     "engine_restarts": "Engine processes that ended unexpectedly.",
     "requests_refused": "Requests turned away, by reason.",
     "engine_up": "1 while the engine process serves.",
@@ -44,6 +45,8 @@ def _quote(text: str) -> str:
 def render(snapshot: dict[str, Any] | None, front: dict[str, Any], *, prefix: str, model: str) -> str:
     """Prometheus text of an engine's ``stats()`` and of what the front counted itself.
 
+    A gauge that is a mapping has one line for each replica, with the label ``engine`` as in vLLM.
+
     >>> print(render(None, {"gauges": {"engine_up": 0}}, prefix="hasten_", model="m").splitlines()[-1])
     hasten_engine_up{model_name="m"} 0
     """
@@ -58,7 +61,11 @@ def render(snapshot: dict[str, Any] | None, front: dict[str, Any], *, prefix: st
 
     for part in (snapshot or {}, front):
         for name, value in part.get("gauges", {}).items():
-            lines.append(f"{head(name, 'gauge')}{{{label}}} {value}")
+            full = head(name, "gauge")
+            if isinstance(value, dict):
+                lines += [f'{full}{{{label},engine="{engine}"}} {each}' for engine, each in value.items()]
+            else:
+                lines.append(f"{full}{{{label}}} {value}")
         for name, value in part.get("counters", {}).items():
             lines.append(f"{head(name, 'counter', name + '_total')}{{{label}}} {value}")
         if "finished" in part:

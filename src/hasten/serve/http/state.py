@@ -9,6 +9,7 @@ from typing import Any
 from hasten.errors import EngineDeadError, RequestError
 from hasten.language.tokenizer import Tokenizer
 from hasten.serve.front import AsyncEngine, EngineInfo
+from hasten.serve.replicas import Replicas
 
 __all__ = ["ModelNotFoundError", "ServerState"]
 
@@ -21,7 +22,7 @@ class ModelNotFoundError(RequestError):
 class ServerState:
     """The engine and the settings of the HTTP interface."""
 
-    engine: AsyncEngine
+    engine: AsyncEngine | Replicas
     wall_clock: Callable[[], float]
     """seconds since 1970, for ``created``"""
     strftime: Callable[[str], str]
