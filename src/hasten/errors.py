@@ -10,7 +10,7 @@ The tree::
     │   ├── ModelLoadError                  missing, truncated or corrupt files
     │   └── UnsupportedModelError           an architecture or feature that is not implemented
     ├── CacheError                          the KV cache
-    │   └── OutOfBlocksError                no free block; ask ``can_allocate`` first
+    │   └── OutOfBlocksError                no free block; ask ``can_grow`` first
     ├── RequestError         (ValueError)   one request is at fault, the engine is well
     │   ├── ContextLengthError              prompt (and answer) longer than the model or the cache
     │   └── InvalidRequestError             a field that is out of its bounds
@@ -79,7 +79,7 @@ class CacheError(HastenError):
 
 
 class OutOfBlocksError(CacheError):
-    """No free block is left; ask ``can_allocate`` first."""
+    """No free block is left; ask ``can_grow`` first."""
 
 
 class RequestError(HastenError, ValueError):

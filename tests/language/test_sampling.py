@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hasten.language.kernels_sampling import draw_cut
 from hasten.language.sampling import Sampler, SamplingParams, SamplingState, top_logprobs, uniform
 
 torch.set_num_threads(1)
@@ -189,3 +190,54 @@ def test_a_grammar_that_allows_only_the_end_beats_min_tokens():
     sampled = Sampler(4).sample(torch.zeros(1, 4), [one])
     assert sampled.tokens == [0]
     assert sampled.finite is None
+
+
+def cut_by_sorting(probability, k, p, min_p, draw):
+    """What ``draw_cut`` promises: a whole sort by probability, then by id; sums in double precision."""
+    order = np.lexsort((np.arange(len(probability)), -probability))
+    kept = probability[order].astype(np.float64)[: min(k, len(probability))]
+    order = order[: len(kept)]
+    before = np.cumsum(kept) - kept
+    kept = kept[(before < p * (kept.sum() if k < len(probability) else 1.0)) | (np.arange(len(kept)) == 0)]
+    kept = kept[kept >= min_p * kept[0]]
+    kept = kept[kept > 0]
+    running = np.cumsum(kept)
+    return order[min(np.searchsorted(running, draw * running[-1], side="right"), len(kept) - 1)]
+
+
+@given(
+    vocab=st.sampled_from([1, 2, 63, 64, 65, 700, 4096]),
+    spread=st.sampled_from([0.0, 1e-3, 0.5, 2.0, 6.0, 30.0]),
+    top_k=st.sampled_from([2**31, 1, 2, 50, 64, 500]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_cut_without_sorting_draws_what_sorting_would(vocab, spread, top_k, top_p, min_p, seed):
+    rows = 4
+    rng = np.random.default_rng(seed)
+    weights = np.exp(rng.normal(size=(rows, vocab)) * spread - 3)
+    weights[:, : vocab // 3] *= rng.integers(0, 2, size=(rows, vocab // 3))  # a grammar leaves zeros
+    weights[:, -1] += 1e-3
+    probability = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    draws = rng.random(rows)
+    out = np.empty(rows, dtype=np.int64)
+    knobs = (np.full(rows, top_k), np.full(rows, top_p), np.full(rows, min_p))
+    draw_cut(probability, probability.view(np.int32), *knobs, draws, out)
+    for row in range(rows):
+        expected = cut_by_sorting(probability[row], top_k, top_p, min_p, draws[row])
+        if spread == 0.0:  # all alike: sums in another order may end one of them apart
+            assert probability[row, out[row]] == probability[row, expected]
+            assert abs(out[row] - expected) <= 1
+        else:
+            assert out[row] == expected
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 2), (0.49, 2), (0.5, 0), (0.74, 0), (0.75, 3), (0.999, 3)])
+def test_equals_are_in_the_order_of_their_ids(draw, token):
+    probability = np.array([[0.25, 0.0, 0.5, 0.25]], dtype=np.float32)
+    out = np.empty(1, dtype=np.int64)
+    cut = (np.array([2**31]), np.array([1.0]), np.array([0.0]), np.array([draw]))
+    draw_cut(probability, probability.view(np.int32), *cut, out)
+    assert out[0] == token

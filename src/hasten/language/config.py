@@ -147,10 +147,7 @@ class DecoderConfig:
         """
         plain = replace(
             DecoderConfig(1, 1, 1, 1, 1, 2, 1),
-            **{
-                name: getattr(self, name)
-                for name in _LLAMA_FIELDS
-            },
+            **{name: getattr(self, name) for name in _LLAMA_FIELDS},
         )
         if plain != self:
             raise UnsupportedModelError(f"a {self.family} model cannot be written as a Llama config.json")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -193,6 +195,7 @@ class Decoder(nn.Module):
         tables = [rotary_tables(config, tokens.shape[1], local=False, device=x.device)]
         if config.local_rope_theta is not None:
             tables.append(rotary_tables(config, tokens.shape[1], local=True, device=x.device))
+        layer: Any
         for layer in self.model.layers:
             cos, sin = tables[1 if layer.self_attn.local else 0]
             x = layer(x, cos, sin)

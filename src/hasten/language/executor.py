@@ -327,8 +327,8 @@ class Executor:
             if length < _LONG:
                 keep.append(chunk)
                 continue
-            rows = slice(starts[chunk], starts[chunk + 1])
-            long.append(_Long(rows, batch.block_tables[chunk].long(), contexts[chunk], length))
+            span = slice(starts[chunk], starts[chunk + 1])
+            long.append(_Long(span, batch.block_tables[chunk].long(), contexts[chunk], length))
         if not keep:
             return None, long
         rows = torch.cat([torch.arange(starts[c], starts[c + 1]) for c in keep])

@@ -90,7 +90,11 @@ class LanguageModel:
         """The runtime that serves: packed weights, one ragged forward."""
         from hasten.language.executor import Executor
 
-        options: dict[str, Any] = {"device": self.device, "precision": self.precision, "deterministic": self.deterministic}
+        options: dict[str, Any] = {
+            "device": self.device,
+            "precision": self.precision,
+            "deterministic": self.deterministic,
+        }
         if self._decoder is not None:
             state = self._decoder.state_dict()
             return Executor(self.config, lambda name, shape: state[name].detach(), progress=self._progress, **options)

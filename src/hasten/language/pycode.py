@@ -23,11 +23,15 @@ from hasten.language.decoder import Decoder
 from hasten.language.infill import FimTokens, training_blocks
 from hasten.language.vocabulary import train_tokenizer, write_tokenizer
 from hasten.train import LMTraining, bits_per_byte, fit_lm
+from hasten.train.lm import cross_entropy
 
 _BLOCK = 512
 """Tokens of a training row; twice as many in the last part of the run, so that the whole context is learned."""
 _LONG_FROM = 0.8
 """Share of the run after which rows have the length of the context."""
+_DISTIL_FROM = 0.6
+"""Share of a draft's run after which it follows the target; before that the target's forward pass, twice the cost of
+the draft's whole step, buys less than twice as much text does."""
 
 __all__ = ["MARKS", "held_out", "train_pycode", "write_folder"]
 
@@ -148,7 +152,9 @@ def train_pycode(
                 f"{line['tokens'] / max(line['seconds'], 1e-9):.0f} tokens/s, loss {line['loss']:.3f}{rest}"
             )
 
-    extra = _distillation(decoder, target) if target is not None else None
+    extra = None
+    if target is not None:
+        extra = _distillation(decoder, target, lambda: progress >= _DISTIL_FROM)
     line = fit_lm(
         decoder,
         _batches(tokenizer, passes, training, block_now, done),
@@ -164,7 +170,9 @@ def train_pycode(
     return line
 
 
-def _distillation(draft: Decoder, target: Path) -> Callable[[Tensor, Tensor], Tensor]:
+def _distillation(
+    draft: Decoder, target: Path, active: Callable[[], bool]
+) -> Callable[[Tensor, Tensor], Tensor]:
     from safetensors.torch import load_file
 
     teacher = Decoder(PRESETS["pycode-4m"])
@@ -172,6 +180,8 @@ def _distillation(draft: Decoder, target: Path) -> Callable[[Tensor, Tensor], Te
     teacher.eval().requires_grad_(False)
 
     def loss(inputs: Tensor, hidden: Tensor) -> Tensor:
+        if not active():
+            return cross_entropy(draft.logits, hidden[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
         with torch.no_grad():
             wanted = torch.log_softmax(teacher(inputs).float(), -1)
         found = torch.log_softmax(draft.logits(hidden).float(), -1)

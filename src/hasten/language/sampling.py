@@ -32,8 +32,6 @@ __all__ = [
     "uniform",
 ]
 
-_HEADS = (64, 512)
-"""likeliest tokens that are looked at first; a row that they do not settle is sorted whole"""
 _MASK = (1 << 64) - 1
 
 
@@ -189,8 +187,10 @@ class _Layout:
         self.any_min_p = any(p.min_p > 0 for p in drawn)
         self.sorted = torch.tensor([j for j, p in enumerate(drawn) if p.top_k > 0 or p.top_p < 1], dtype=torch.int64)
         self.whole = torch.tensor([j for j, p in enumerate(drawn) if p.top_k <= 0 and p.top_p == 1], dtype=torch.int64)
-        self.top_k = torch.tensor([[p.top_k if p.top_k > 0 else 2**31] for p in drawn], dtype=torch.int64)
-        self.top_p = torch.tensor([[p.top_p] for p in drawn], dtype=torch.float64)
+        cut = [drawn[j] for j in self.sorted.tolist()]
+        self.cut_k = np.array([p.top_k if p.top_k > 0 else 2**31 for p in cut], dtype=np.int64)
+        self.cut_p = np.array([p.top_p for p in cut], dtype=np.float64)
+        self.cut_min_p = np.array([p.min_p for p in cut], dtype=np.float64)
         if self.penalised:
             some = [params[i] for i in self.penalised]
             self.penalised_rows = torch.tensor(self.penalised, dtype=torch.int64)
@@ -233,8 +233,7 @@ def _draw(logits: Tensor, layout: _Layout, draws: Tensor) -> Tensor:
     if layout.whole.numel() == rows and not layout.any_min_p:
         return _invert(torch.softmax(logits, -1), draws)
     if layout.sorted.numel() == rows:
-        limit = layout.min_p if layout.any_min_p else None
-        return _draw_sorted(torch.softmax(logits, -1), layout.top_k, layout.top_p, limit, draws)
+        return _draw_cut(torch.softmax(logits, -1), layout, draws)
     out = torch.empty(rows, dtype=torch.int64)
     if layout.whole.numel():
         weights = torch.softmax(logits[layout.whole], -1)
@@ -243,61 +242,19 @@ def _draw(logits: Tensor, layout: _Layout, draws: Tensor) -> Tensor:
             weights = torch.where(weights < floor, 0.0, weights)
         out[layout.whole] = _invert(weights, draws[layout.whole])
     if layout.sorted.numel():
-        part = logits[layout.sorted]
-        top_k, top_p = layout.top_k[layout.sorted], layout.top_p[layout.sorted]
-        limit = layout.min_p[layout.sorted] if layout.any_min_p else None
-        out[layout.sorted] = _draw_sorted(torch.softmax(part, -1), top_k, top_p, limit, draws[layout.sorted])
+        chosen = _draw_cut(torch.softmax(logits[layout.sorted], -1), layout, draws[layout.sorted])
+        out[layout.sorted] = chosen
     return out
 
 
-def _draw_sorted(probability: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None, draws: Tensor) -> Tensor:
-    """As ``_from_sorted`` for unsorted probabilities, sorting no more of each row than its cut needs.
+def _draw_cut(probability: Tensor, layout: _Layout, draws: Tensor) -> Tensor:
+    """Tokens (rows,) for probabilities (rows, vocab) of the rows that cut by top-k or top-p."""
+    from hasten.language.kernels_sampling import draw_cut
 
-    How much of a row is sorted depends on that row alone, so its token does not depend on the others.
-    """
-    rows, vocab = probability.shape
-    chosen = torch.empty(rows, dtype=torch.int64)
-    left = torch.arange(rows)
-    for head in (*_HEADS, vocab):
-        part = probability if left.numel() == rows else probability[left]
-        k, p = top_k[left], top_p[left]
-        if head < vocab:
-            values, ids = torch.topk(part, head, -1)
-            # The head holds the row's top k, or more than the mass that top_p asks for.
-            mass = values.sum(-1, keepdim=True, dtype=torch.float64)
-            settled = ((k <= head) | (mass > p * (1 + 1e-6))).squeeze(1)
-        else:
-            values, ids = torch.sort(part, dim=-1, descending=True, stable=True)
-            settled = torch.ones(left.numel(), dtype=torch.bool)
-        if bool(settled.all()):
-            if left.numel() == rows:
-                return _from_sorted(values, ids, k, p, min_p, draws)
-        else:
-            if not bool(settled.any()):
-                continue
-            values, ids, k, p = values[settled], ids[settled], k[settled], p[settled]
-        where = left[settled]
-        limit = None if min_p is None else min_p[where]
-        chosen[where] = _from_sorted(values, ids, k, p, limit, draws[where])
-        left = left[~settled]
-        if not left.numel():
-            break
-    return chosen
-
-
-def _from_sorted(
-    values: Tensor, ids: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None, draws: Tensor
-) -> Tensor:
-    """Cut sorted probabilities (rows, n) by top-k, top-p (of what top-k left) and min-p, then draw."""
-    weights = values.double()
-    rank = torch.arange(weights.shape[-1])
-    weights = torch.where(rank < top_k, weights, 0.0)
-    mass = torch.where(top_k < 2**31, weights.sum(-1, keepdim=True), 1.0)
-    before = weights.cumsum(-1) - weights
-    weights = torch.where((before < top_p * mass) | (rank == 0), weights, 0.0)
-    if min_p is not None:
-        weights = torch.where(weights < min_p * weights[:, :1], 0.0, weights)
-    return ids.gather(-1, _invert(weights, draws)[:, None])[:, 0]
+    values = np.ascontiguousarray(probability.numpy())
+    out = np.empty(values.shape[0], dtype=np.int64)
+    draw_cut(values, values.view(np.int32), layout.cut_k, layout.cut_p, layout.cut_min_p, draws.numpy(), out)
+    return torch.from_numpy(out)
 
 
 def _invert(weights: Tensor, draws: Tensor) -> Tensor:

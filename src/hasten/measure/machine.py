@@ -118,7 +118,7 @@ class Machine:
         info = torch.__config__.show()
         blas = re.search(r"BLAS_INFO=(\w+)", info)
         name = blas.group(1) if blas else "unknown"
-        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if torch.backends.mkldnn.is_available():
             name += "+onednn"
         return cls(
             cpu=cpu,

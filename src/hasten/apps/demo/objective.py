@@ -75,8 +75,8 @@ def choose(
     slo = SLO(ttft=Target(_round(ttft)), tpot=Target(_round(tpot)))
     why = (
         f"{rate:g} requests/s is {_LOAD:.0%} of the load that a chunked schedule can carry here; the simulator expects "
-        f"a p99 TPOT of {format_quantity(untuned.tpot.p99, 'time')} untuned and {format_quantity(tuned.tpot.p99, 'time')}"
-        f" tuned, so the limit lies between them"
+        f"a p99 TPOT of {format_quantity(untuned.tpot.p99, 'time')} untuned and "
+        f"{format_quantity(tuned.tpot.p99, 'time')} tuned, so the limit lies between them"
     )
     progress("done", 1.0)
     return Objective(slo, load, why)

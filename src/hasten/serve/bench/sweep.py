@@ -143,7 +143,7 @@ def sweep(
         raise ConfigurationError(f"requests is {requests}; ask for at least 1")
     judge: Score = score or EffectiveThroughput()
     address = target if isinstance(target, str) else getattr(target, "url", None)
-    engine = None if address is not None else getattr(target, "engine", target)
+    engine: Any = None if address is not None else getattr(target, "engine", target)
     limit = _context_of(str(address), api_key) if engine is None else int(engine.max_model_len)
     specs = _specs(requests, prompt or Normal(256, 0.3), output or Normal(64, 0.3), limit, seed)
     vocabulary = (16, 256) if engine is None or engine.vocab_size >= 256 else (0, engine.vocab_size)
