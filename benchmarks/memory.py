@@ -18,8 +18,8 @@ from random_model import ensure
 
 from hasten.language.loading import model_folder
 from hasten.language.weights import read_config
-from hasten.serve.bench.drive import replay
 from hasten.serve.bench.dataset import random_specs
+from hasten.serve.bench.drive import replay
 from hasten.serve.server import start
 
 _MIB = 2**20

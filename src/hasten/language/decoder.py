@@ -10,7 +10,6 @@ through :class:`hasten.language.executor.Executor`.
 from __future__ import annotations
 
 import math
-
 from typing import Any
 
 import torch
