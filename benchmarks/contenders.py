@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from hasten.clock import MonotonicClock
+from hasten.clock import Clock, MonotonicClock
 
 _LONGEST = 512
 """tokens of a sequence that room is made for"""
 _MOST = 16
 """sequences together"""
-_clock = MonotonicClock()
+_clock: Clock = MonotonicClock()
 
 
 def prompt(length: int, number: int = 0) -> list[int]:
@@ -70,6 +70,8 @@ class Hasten:
         return self._executor.step(RaggedBatch.build(chunks), self._cache)
 
     def decode(self, sequences: int, context: int, tokens: int) -> float:
+        if sequences > _MOST or context + tokens > _LONGEST:
+            raise ValueError(f"there is room for {_MOST} sequences of {_LONGEST} tokens")
         tables = [self._table(n) for n in range(sequences)]
         chunks = [(prompt(context, n), 0, tables[n]) for n in range(sequences)]
         last = [int(self._step([chunk])[0].argmax()) for chunk in chunks]
@@ -79,6 +81,8 @@ class Hasten:
         return _clock.now() - begin
 
     def prefill(self, length: int) -> float:
+        if length > _LONGEST:
+            raise ValueError(f"there is room for {_LONGEST} tokens")
         chunk = (prompt(length), 0, self._table(0))
         begin = _clock.now()
         int(self._step([chunk])[0].argmax())

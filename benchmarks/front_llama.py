@@ -24,7 +24,7 @@ def main() -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path = chosen.model
-    params.hostname = "127.0.0.1"
+    params.hostnames = ["127.0.0.1"]
     params.port = chosen.port
     params.n_ctx, params.n_parallel = chosen.tokens, chosen.slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = chosen.threads

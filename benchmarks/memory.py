@@ -1,7 +1,8 @@
 """Memory of a served model beyond its weights and its KV pool.
 
-The server's processes are added up as PSS, which counts a page that several share once; RSS is given too. The weights are
-the bytes of the checkpoint, so a second copy would show. The pool is filled by requests before the second reading: memory
+The server's processes are added up: memory of their own, and the pages of each mapped file (libraries) once. That is
+what PSS would say if nothing else on the machine used the same libraries. The weights are the bytes of the checkpoint,
+so a second copy would show. The pool is filled by requests before the second reading: memory
 that nobody has touched is not there yet. The larger of the two readings counts.
 """
 
@@ -26,15 +27,33 @@ _MIB = 2**20
 
 
 def reading(pid: int) -> dict[str, Any]:
-    """Bytes of the process and its children."""
+    """Bytes of the process and its children: anonymous memory of each, pages of each file once."""
     root = psutil.Process(pid)
-    out: dict[str, Any] = {"pss": 0, "rss": 0, "processes": []}
+    anonymous = resident = 0
+    files: dict[str, int] = {}
+    processes = []
     for process in [root, *root.children(recursive=True)]:
-        memory = process.memory_full_info()
-        out["pss"] += memory.pss
-        out["rss"] += memory.rss
-        out["processes"].append({"command": process.cmdline()[1:3], "pss": memory.pss, "rss": memory.rss})
-    return out
+        own = 0
+        for mapping in process.memory_maps(grouped=True):
+            if mapping.path.startswith("/"):  # its own changed pages are private, the rest is shared
+                own += mapping.private_dirty
+                clean = mapping.rss - mapping.private_dirty
+                files[mapping.path] = max(files.get(mapping.path, 0), clean)
+            else:
+                own += mapping.rss
+        anonymous += own
+        resident += process.memory_info().rss
+        processes.append({"command": process.cmdline()[1:3], "anonymous": own, "rss": process.memory_info().rss})
+    largest = dict(sorted(files.items(), key=lambda item: -item[1])[:8])
+    whole = sum(files.values())
+    return {
+        "memory": anonymous + whole,
+        "anonymous": anonymous,
+        "files": whole,
+        "rss": resident,
+        "processes": processes,
+        "largest": {Path(path).name: size for path, size in largest.items()},
+    }
 
 
 def measure(name: str, chosen: Any) -> tuple[Row, dict[str, Any]]:
@@ -63,13 +82,13 @@ def measure(name: str, chosen: Any) -> tuple[Row, dict[str, Any]]:
     failed = [r.error for r in records if r.error]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(records)} requests failed: {failed[0]}")
-    extra = {"ready": before["pss"] - weights, "under load": after["pss"] - weights - pool}
+    extra = {"ready": before["memory"] - weights, "under load": after["memory"] - weights - pool}
     worst = max(extra.values()) / _MIB
-    resident = (after["rss"] - weights - pool) / _MIB
     note = (
-        f"PSS {before['pss'] / _MIB:.0f} MiB when ready (pool not counted, it is not touched yet), "
-        f"{after['pss'] / _MIB:.0f} MiB after {count} requests; weights {weights / _MIB:.0f}, pool {pool / _MIB:.0f}; "
-        f"by RSS, which counts shared pages once per process, it would be {resident:.0f} MiB"
+        f"{extra['ready'] / _MIB:.0f} MiB when ready (pool not counted, it is not touched yet), "
+        f"{extra['under load'] / _MIB:.0f} MiB after {count} requests, "
+        f"of which {after['files'] / _MIB:.0f} MiB are pages of libraries; "
+        f"weights {weights / _MIB:.0f}, pool {pool / _MIB:.0f} MiB"
     )
     row = Row(f"memory beside weights and pool, {folder.name}", unit="MiB", ours=worst, score=worst, at_least=300.0)
     details = {"weights": weights, "pool": pool, "ready": before, "loaded": after}

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ class Peer:
     def saturated(self) -> bool:
         """Whether goodput has fallen under half of its best: higher rates would only waste time."""
         return bool(self.runs) and self.runs[-1].goodput < 0.5 * self.best or len(self.runs) > 1 and self.best == 0
+
+    @property
+    def unsaturated(self) -> bool:
+        """Whether the highest rate was still served well, so that the best goodput may lie beyond."""
+        return bool(self.runs) and self.runs[-1].slo_attainment >= 0.9
 
 
 def free_port() -> int:
@@ -178,7 +183,8 @@ def run(peers: dict[str, Peer], workload: Workload, rates: Sequence[float], slo:
             others = [p for p in order if p is not peer]
             before, begin = sum(p.cpu_time() for p in others), _clock.now()
             asked = workload.at_rate(rate, seed=seed + turn)
-            records = asyncio.run(replay(peer.url, asked, seed=seed, extra=peer.extra))
+            # New prompts at each rate, the same ones for everybody, so that no prefix cache helps.
+            records = asyncio.run(replay(peer.url, asked, seed=seed + turn, extra=peer.extra))
             idle = max(idle, (sum(p.cpu_time() for p in others) - before) / (_clock.now() - begin))
             metrics = summarise(records, slo)
             peer.runs.append(metrics)
@@ -195,16 +201,23 @@ def run(peers: dict[str, Peer], workload: Workload, rates: Sequence[float], slo:
 
 
 def rows_of(peers: dict[str, Peer], absent: dict[str, str]) -> list[Row]:
-    """One row per peer."""
+    """One row per peer. There is no ratio while the peer could take more; ours is then a lower bound at best."""
     rows = []
     for name in (TORCH, LLAMA):
-        what, bars = "served goodput, best of the rates", (2.0, 3.0)
+        row = Row("served goodput, best of the rates", name, unit="req/s", at_least=2.0, aim=3.0)
         if name not in peers:
-            rows.append(Row(what, name, at_least=bars[0], aim=bars[1], note=absent[name]))
+            rows.append(replace(row, note=absent[name]))
             continue
-        mine, theirs = peers[OURS].best, peers[name].best
-        note = "" if theirs else "it has no goodput at any of these rates; lower them for a ratio"
-        rows.append(Row(what, name, mine, theirs, "req/s", mine / theirs if theirs else None, None, None, *bars, note=note))
+        mine, theirs = peers[OURS], peers[name]
+        row = replace(row, ours=mine.best, theirs=theirs.best)
+        if theirs.best == 0:
+            row = replace(row, note="no ratio: the peer has no goodput at any of these rates; lower --rates")
+        elif theirs.unsaturated:
+            row = replace(row, note="no ratio: the peer keeps up with the highest rate; raise --rates")
+        else:
+            bound = "a lower bound: ours keeps up with the highest rate; raise --rates" if mine.unsaturated else ""
+            row = replace(row, score=mine.best / theirs.best, note=bound)
+        rows.append(row)
     return rows
 
 

@@ -1,8 +1,9 @@
 """What a step costs beside the model: 16 sequences decode together, four parts are timed.
 
-schedule and sample: the engine's step less the executor's step inside it. send: the news of the step through the worker's
-link, as bytes into a socket. receive: unpacking them at the front. detokenise: text and the server-sent event of each
-token. The last two run in the front's process, where they overlap with the next step; the sum counts them all the same.
+schedule and sample: the engine's step less the executor's step inside it. send: the news of the step through the
+worker's link, as bytes into a socket. receive: unpacking them at the front. detokenise: text and the server-sent event
+of each token. The last two run in the front's process, where they overlap with the next step; the sum counts them all
+the same.
 """
 
 from __future__ import annotations
@@ -129,9 +130,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
     chosen = parser.parse_args()
+    import numba
     import torch
 
     torch.set_num_threads(chosen.threads)
+    numba.set_num_threads(min(chosen.threads, numba.config.NUMBA_NUM_THREADS))
     model = load(chosen.model)
     rows: list[Row] = []
     details: dict[str, Any] = {}

@@ -14,6 +14,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Folder of a model, or the name of an embedded one.")] = "pycode-4m",
     report: Annotated[Path, typer.Option(help="The HTML page that is written.")] = Path("report.html"),
     seconds: Annotated[float, typer.Option(help="About how long each of the two replays takes.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(help="Threads of the model; all cores but one if left out.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of public data; ../shared/data where it exists.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -29,7 +30,9 @@ def demo(
     if seconds <= 0:
         raise ConfigurationError(f"--seconds is {seconds}; a replay takes a positive time")
     console = Console(stderr=json)
-    result = run(console, stages, model=model, report=report, data=find_data(data), seconds=seconds, seed=seed)
+    result = run(
+        console, stages, model=model, report=report, data=find_data(data), seconds=seconds, threads=threads, seed=seed
+    )
     if json:
         import json as encoder
 

@@ -31,7 +31,8 @@ def draw_cut(
     """Draw one token for each row.
 
     probability (rows, vocab) float32, bits the same memory as int32; top_k (rows,) int64, vocab or more for none;
-    top_p, min_p, draws (rows,) float64; tokens go to out (rows,) int64. Top-p cuts what top-k left, min-p what both left.
+    top_p, min_p, draws (rows,) float64; tokens go to out (rows,) int64. Top-p cuts what top-k left, min-p what both
+    left.
     """
     rows, vocab = probability.shape
     keys = np.empty(vocab, np.uint64)

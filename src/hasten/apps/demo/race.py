@@ -36,6 +36,7 @@ def lap(
     slo: SLO,
     *,
     blocks: int,
+    threads: int,
     progress: Callable[[str, float], None],
 ) -> Lap:
     """Start a server with ``knobs``, replay ``workload``, stop it."""
@@ -51,7 +52,8 @@ def lap(
         done += 1
         progress(f"{name}: {done} of {len(workload)} requests answered", done / len(workload))
 
-    with start(model, dtype=knobs.get("precision", "auto"), num_blocks=blocks, max_queue=4096, **settings) as server:
+    precision = knobs.get("precision", "auto")
+    with start(model, dtype=precision, num_blocks=blocks, threads=threads, max_queue=4096, **settings) as server:
         asyncio.run(replay(server.url, workload.head(8), seed=1))  # the first requests warm caches and pages
         records = asyncio.run(replay(server.url, workload, seed=0, progress=one))
         phases = server.phases
