@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from hasten.clock import MonotonicClock
 from hasten.measure.files import write_text
@@ -27,6 +30,8 @@ from hasten.measure.stats import paired_ratio
 HERE = Path(__file__).parent
 MODEL = Path("build/benchmarks/random-245m")
 """where random_model.py writes by default"""
+
+_progress = Console(stderr=True)
 
 
 class Absent(Exception):
@@ -151,7 +156,9 @@ class Field:
         """Seconds of ``command`` for each present contender of ``names``, ``rounds`` each."""
         names = [n for n in names if n in self.present]
         out: dict[str, list[float]] = {n: [] for n in names}
-        for turn in range(rounds + warm_up):
+        for turn in track(
+            range(rounds + warm_up), f"{command} {' '.join(map(str, arguments.values()))}", console=_progress
+        ):
             for name in names if turn % 2 == 0 else names[::-1]:
                 if name not in self.present:
                     continue
@@ -213,9 +220,6 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def report(name: str, rows: Sequence[Row], path: Path | None, **details: Any) -> None:
     """Print the table and write the JSON document."""
-    from rich.console import Console
-    from rich.table import Table
-
     machine = Machine.detect()
     console = Console()
     if not console.is_terminal:  # a log has no width

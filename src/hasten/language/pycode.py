@@ -170,9 +170,7 @@ def train_pycode(
     return line
 
 
-def _distillation(
-    draft: Decoder, target: Path, active: Callable[[], bool]
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _distillation(draft: Decoder, target: Path, active: Callable[[], bool]) -> Callable[[Tensor, Tensor], Tensor]:
     from safetensors.torch import load_file
 
     teacher = Decoder(PRESETS["pycode-4m"])
