@@ -156,9 +156,8 @@ class Field:
         """Seconds of ``command`` for each present contender of ``names``, ``rounds`` each."""
         names = [n for n in names if n in self.present]
         out: dict[str, list[float]] = {n: [] for n in names}
-        for turn in track(
-            range(rounds + warm_up), f"{command} {' '.join(map(str, arguments.values()))}", console=_progress
-        ):
+        title = " ".join([command, *map(str, arguments.values())])
+        for turn in track(range(rounds + warm_up), title, console=_progress):
             for name in names if turn % 2 == 0 else names[::-1]:
                 if name not in self.present:
                     continue

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hasten.errors import ConfigurationError
+from hasten.errors import CacheError, ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model
 from hasten.language.ragged import RaggedBatch
@@ -115,3 +115,8 @@ def test_lower_precision_stays_close(precision):
 def test_unknown_precision_is_named():
     with pytest.raises(ConfigurationError, match="fp32, bf16, int8, int4"):
         random_model(CONFIG, dtype="int3").executor  # noqa: B018
+
+
+def test_blocks_beyond_the_cache_are_refused(exact):
+    with pytest.raises(CacheError, match="block 9, the cache has 2"):
+        exact.executor.step(RaggedBatch.build([(tokens(4), 0, [9])]), exact.executor.new_cache(2))

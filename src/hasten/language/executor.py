@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.errors import ConfigurationError
+from hasten.errors import CacheError, ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
 from hasten.language.linear import PackedLinear, best_precision, pack
@@ -244,6 +244,11 @@ class Executor:
     @torch.inference_mode()
     def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """Compute all tokens of ``batch``; returns the wanted rows' logits (rows, vocabulary), float32 on the CPU."""
+        if batch.block_tables.numel() and int(batch.block_tables.max()) >= cache.num_blocks:
+            raise CacheError(
+                f"the batch names block {int(batch.block_tables.max())}, the cache has {cache.num_blocks}; "
+                "give every chunk blocks of this cache"
+            )
         config, ops, dtype = self.config, self._ops, self.dtype
         device = self.device
         if device.type != "cpu":

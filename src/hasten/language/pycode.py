@@ -25,6 +25,8 @@ from hasten.language.vocabulary import train_tokenizer, write_tokenizer
 from hasten.train import LMTraining, bits_per_byte, fit_lm
 from hasten.train.lm import cross_entropy
 
+__all__ = ["MARKS", "held_out", "train_pycode", "write_folder"]
+
 _BLOCK = 512
 """Tokens of a training row; twice as many in the last part of the run, so that the whole context is learned."""
 _LONG_FROM = 0.8
@@ -32,8 +34,6 @@ _LONG_FROM = 0.8
 _DISTIL_FROM = 0.6
 """Share of a draft's run after which it follows the target; before that the target's forward pass, twice the cost of
 the draft's whole step, buys less than twice as much text does."""
-
-__all__ = ["MARKS", "held_out", "train_pycode", "write_folder"]
 
 MARKS = FimTokens(prefix=1, suffix=2, middle=3, end=0)
 
