@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all check bench docs study clean
+.PHONY: install demo test check bench docs study clean
 
 install: $(VENV)/.runtime
 

@@ -114,7 +114,7 @@ def launch(name: str, command: Sequence[str], port: int, threads: int, timeout: 
             if httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2.0).status_code == 200:
                 return Peer(name, f"http://127.0.0.1:{port}", process.pid, end, tuple(extra.items()))
         except httpx.HTTPError:
-            pass
+            pass  # it does not listen yet; the lines below decide how long that is all right
         if process.poll() is not None or _clock.now() > deadline:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()[-1:]

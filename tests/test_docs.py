@@ -5,18 +5,18 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-import torch
 import typer
 from documents import ROOT, Block, blocks, execute
 
 import hasten
 from hasten.cli.main import app
 from hasten.errors import MissingExtraError
+
+pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = [b for page in PAGES for b in blocks(page)]
@@ -30,26 +30,6 @@ MODULES = sorted(
     for p in SOURCE.rglob("__init__.py")
     if ">>>" in p.read_text(encoding="utf-8")
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the whole file; never the user's."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASTEN_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 import typer
 from documents import ROOT, Block, blocks, execute
 from typer.testing import CliRunner
@@ -19,6 +18,8 @@ from typer.testing import CliRunner
 from hasten import serve
 from hasten.cli.main import app
 from hasten.studies import catalog
+
+pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
 
 README = ROOT / "README.md"
 BLOCKS = blocks(README)
@@ -30,27 +31,6 @@ ADDRESS = "http://127.0.0.1:8000"
 def commands(block: Block) -> list[str]:
     """Lines of a shell block, the prompt of a console block taken off."""
     return [line.removeprefix("$ ") for line in block.text.splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the whole file, so that the roofs of the machine are measured once; never the user's."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HASTEN_CACHE", str(cache))
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -147,6 +147,7 @@ def test_a_second_signal_ends_it_at_once(start_fake):
         until(lambda: httpx.get(f"{server.url}/health", timeout=10).status_code == 503)
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(3)
+    assert engine_gone(server)
     server.stop()
 
 

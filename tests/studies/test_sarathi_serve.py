@@ -57,4 +57,5 @@ def test_a_policy_that_stalls_is_caught(monkeypatch):
 def test_tokens_are_the_same_under_every_policy(monkeypatch):
     monkeypatch.setattr(subject, "small_model", tiny)
     with one_thread():
-        holds(subject.same_tokens(QUICK))
+        checks = holds(subject.same_tokens(QUICK))
+    assert any(c.holds for c in checks.values())

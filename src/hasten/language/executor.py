@@ -23,6 +23,7 @@ from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
 from hasten.language.linear import PackedLinear, best_precision, pack
 from hasten.language.ragged import RaggedBatch
+from hasten.nn import causal_mask
 
 __all__ = ["Executor", "KVCache"]
 
@@ -97,6 +98,13 @@ class _Long:
     table: Tensor
     context: int
     length: int
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Who may look where; made once per step for all layers with this window."""
+        if window not in self.masks:
+            self.masks[window] = causal_mask(self.length, self.context + self.length, window)
+        return self.masks[window]
 
 
 class Executor:
@@ -381,11 +389,7 @@ def _flash(query: Tensor, chunk: _Long, keys: Tensor, values: Tensor, scale: flo
         return pages.repeat_interleave(heads // kv_heads, 1) if heads != kv_heads else pages
 
     plain = chunk.context == 0 and (window is None or window >= total)
-    mask = None
-    if not plain:
-        from hasten.nn import causal_mask
-
-        mask = causal_mask(length, total, window)
+    mask = None if plain else chunk.mask(window)
     q = query.transpose(0, 1)[None]
     out = functional.scaled_dot_product_attention(
         q, gathered(keys), gathered(values), attn_mask=mask, is_causal=plain, scale=scale

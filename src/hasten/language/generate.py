@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ContextLengthError, InvalidRequestError
 from hasten.language.executor import Executor
-from hasten.language.infill import FimTokens, infill_prompt
 from hasten.language.params import SamplingParams
 from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampler, SamplingState
@@ -111,19 +110,8 @@ def infill(
     on_token: Callable[[int], None] | None = None,
 ) -> Answer:
     """The middle between ``prefix`` and ``suffix``. Raises :class:`InvalidRequestError` without FIM tokens."""
-    marks = tokenizer.fim_tokens
-    if marks is None:
-        raise InvalidRequestError(
-            "this tokeniser has no fill-in-the-middle tokens (such as <|fim_prefix|>); use a model trained to infill",
-            "suffix",
-        )
-    prompt, dropped = infill_prompt(
-        lambda text: tokenizer.encode(text, special=False),
-        prefix,
-        suffix,
-        FimTokens(marks.prefix, marks.suffix, marks.middle, -1),
-        context=executor.max_context,
-        max_tokens=params.max_tokens,
+    prompt, dropped = tokenizer.infill_within(
+        prefix, suffix, context=executor.max_context, max_tokens=params.max_tokens
     )
     answer = generate(executor, prompt, params, tokenizer=tokenizer, eos=eos, on_token=on_token)
     return replace(answer, dropped=dropped)

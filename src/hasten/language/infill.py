@@ -47,26 +47,36 @@ def split_middle(text: str, rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def infill_prompt(
-    encode: Encode, prefix: str, suffix: str, marks: FimTokens, *, context: int, max_tokens: int
+    encode: Encode,
+    prefix: str,
+    suffix: str,
+    marks: FimTokens,
+    *,
+    head: Sequence[int] = (),
+    context: int | None = None,
+    max_tokens: int = 0,
 ) -> tuple[list[int], int]:
     """The PSM prompt that asks for the middle, and how many tokens had to be left out.
 
-    A prompt over the context loses tokens from the far ends, two of the prefix staying for each of the suffix. Raises
-    :class:`InvalidRequestError` where ``max_tokens`` alone leaves no room.
+    ``head`` stands before everything (a beginning-of-sequence token). A prompt over ``context`` (None: no limit) loses
+    tokens from the far ends, two of the prefix staying for each of the suffix. Raises :class:`InvalidRequestError`
+    where ``max_tokens`` alone leaves no room.
     """
-    room = context - max_tokens - 3
+    before, after = encode(prefix), encode(suffix)
+    if context is None:
+        return [*head, marks.prefix, *before, marks.suffix, *after, marks.middle], 0
+    room = context - max_tokens - 3 - len(head)
     if room < 2:
         raise InvalidRequestError(
             f"max_tokens is {max_tokens}, the context holds {context}; ask for at most {context - 5}", "max_tokens"
         )
-    before, after = encode(prefix), encode(suffix)
     total = len(before) + len(after)
     if total > room:
         keep_after = min(len(after), max(room // 3, room - len(before)))
         before = before[len(before) - (room - keep_after) :] if room - keep_after < len(before) else before
         after = after[:keep_after]
     dropped = total - len(before) - len(after)
-    return [marks.prefix, *before, marks.suffix, *after, marks.middle], dropped
+    return [*head, marks.prefix, *before, marks.suffix, *after, marks.middle], dropped
 
 
 def training_blocks(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import InvalidRequestError, ModelLoadError
-from hasten.language.infill import FimTokens
+from hasten.language.infill import FimTokens, infill_prompt
 
 __all__ = ["Detokenizer", "FimTokens", "NoTokenizer", "StopStrings", "Tokenizer"]
 
@@ -193,14 +193,28 @@ class Tokenizer:
 
         Raises :class:`~hasten.errors.InvalidRequestError` if the model has no tokens for it.
         """
-        fim = self.fim_tokens
-        if fim is None:
+        return self.infill_within(prefix, suffix)[0]
+
+    def infill_within(
+        self, prefix: str, suffix: str, *, context: int | None = None, max_tokens: int = 0
+    ) -> tuple[list[int], int]:
+        """The same prompt cut to ``context`` tokens with the answer, and how many tokens were left out."""
+        if self.fim_tokens is None:
             raise InvalidRequestError(
-                "suffix was given, but this model has no infilling tokens; leave suffix out", "suffix"
+                "suffix was given, but this model has no infilling tokens (such as <|fim_prefix|>); leave suffix out, "
+                "or use a model trained to infill",
+                "suffix",
             )
         head = [self.bos_token_id] if self.bos_token_id is not None and self.config.get("add_bos_token") else []
-        before, after = self.encode(prefix, special=False), self.encode(suffix, special=False)
-        return [*head, fim.prefix, *before, fim.suffix, *after, fim.middle]
+        return infill_prompt(
+            lambda text: self.encode(text, special=False),
+            prefix,
+            suffix,
+            self.fim_tokens,
+            head=head,
+            context=context,
+            max_tokens=max_tokens,
+        )
 
     def apply_chat_template(
         self,

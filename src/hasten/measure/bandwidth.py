@@ -164,10 +164,9 @@ def measure_ceilings(
     machine = Machine.detect()
     path = cache_folder() / "ceilings" / f"{machine.hash}-{device.replace(':', '-')}-v{_VERSION}.json"
     if not refresh:
-        try:
+        # absent or unreadable: measured below, and written anew
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return Ceilings.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
     roofs = _measure(device, clock or MonotonicClock(), size, width, limit, progress or (lambda stage, share: None))
     if not busy():
         with contextlib.suppress(DataError):

@@ -494,7 +494,7 @@ class AsyncEngine:
         try:
             self._snapshot = await asyncio.wait_for(future, timeout)
         except (TimeoutError, EngineDeadError):
-            pass
+            pass  # an engine that is busy or gone has no new numbers; the last ones are what is known
         finally:
             self._queries.pop(name, None)
         return self._snapshot

@@ -63,10 +63,11 @@ def _shape(data: Path | None, requests: int, context: int) -> Callable[[float], 
     from hasten.serve import workload as workloads
 
     trace = data / "llm_traces" / "azure_code.csv.gz" if data is not None else None
+    recorded = workloads.load(trace).head(requests) if trace is not None and trace.is_file() else None
 
     def at(rate: float) -> Workload:
-        if trace is not None and trace.is_file():
-            offered = workloads.load(trace).head(requests).at_rate(rate, seed=0)
+        if recorded is not None:
+            offered = recorded.at_rate(rate, seed=0)
         else:
             offered = workloads.sample("code", rate=rate, requests=requests, seed=0)
         return offered.scaled(max_prompt=context * 3 // 4, max_output=context // 5)
