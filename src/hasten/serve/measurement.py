@@ -170,11 +170,7 @@ def measure_language(
     known = {tuple(b) for b in [*prompts, *grid]}
     # The most telling ones first: a short time limit cuts the tail off.
     plan = [*prompts[:3], *grid, *prompts[3:], *[b for b in others if tuple(b) not in known][:40]]
-    told("compiling the kernels", 0.15)
-    measure_batches(
-        model, clock, time_limit=60.0, max_num_seqs=3, cache_tokens=1024, repeats=1, progress=lambda share: None,
-        batches=[[(16, 1)] * n + [(0, m)] * k for n in (1, 2) for m, k in ((16, 0), (16, 1), (100, 1), (100, 0))],
-    )  # fmt: skip
+    told("compiling the kernels, once per machine", 0.15)
     samples = measure_batches(
         model,
         clock,

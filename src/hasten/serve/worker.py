@@ -194,6 +194,7 @@ def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int |
     from pathlib import Path
 
     from hasten.budget import SLO
+    from hasten.measure.machine import busy
     from hasten.serve.cost import IterationCost
 
     assert config.slo is not None
@@ -208,9 +209,12 @@ def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int |
             max_num_seqs=min(config.max_num_seqs, 32),
             progress=False,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cost.save(path)
-        source = f"calibrated now, kept in {path}"
+        if config.calibration is None and busy():
+            source = "calibrated now and not kept, since other work shares the cores; start again on a quiet machine"
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cost.save(path)
+            source = f"calibrated now, kept in {path}"
     context = int(model.executor.max_context)
     cache_tokens = blocks * config.block_size if blocks else None
     choice = cost.budget_for(
@@ -220,14 +224,16 @@ def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int |
 
 
 def _calibration_path(model: Any) -> Any:
-    """Where the calibration of this machine, model and precision is kept."""
-    from pathlib import Path
+    """Where the calibration of this machine, model, precision and number of threads is kept."""
+    import torch
 
+    from hasten.measure.files import cache_folder
     from hasten.measure.machine import Machine
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten" / "calibration"
+    executor = model.executor
     name = "".join(c if c.isalnum() or c in "-._" else "-" for c in str(model.name))[-80:]
-    return root / f"{Machine.detect().fingerprint}-{name}-{model.executor.precision}.json"
+    what = f"{name}-{executor.weight_bytes}-{executor.precision}-{torch.get_num_threads()}"
+    return cache_folder() / "calibration" / f"{Machine.detect().fingerprint}-{what}.json"
 
 
 def _warm_up(engine: Engine) -> None:
