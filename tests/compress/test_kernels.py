@@ -68,8 +68,11 @@ def test_unpack_gives_the_weight_that_is_used(name: str) -> None:
     relative = (used - weight).norm() / weight.norm()
     assert relative <= kernel.error
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[kernel.precision]
-    overhead = {"int8": 4 * 32, "int4": 4 * 32 * 256 // max(packed.group, 1)}.get(kernel.precision, 0)
-    assert packed.bytes == 32 * 256 * bits // 8 + overhead
+    panels = name.endswith("-panels")
+    rows = 64 if panels else 32  # a panel has 64 outputs
+    scales = 2 if panels else 4  # bytes for each group: a float16, or a bfloat16 and an offset
+    overhead = {"int8": 4 * 32, "int4": scales * rows * 256 // max(packed.group, 1)}.get(kernel.precision, 0)
+    assert packed.bytes == rows * 256 * bits // 8 + overhead
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +133,8 @@ def test_quantized_product(precision: str, rows: int) -> None:
     got = product(x.bfloat16())
     assert got.dtype == torch.bfloat16
     assert (got.float() - expected).norm() <= (0.03 if precision == "int8" else 0.16) * expected.norm()
-    assert size == {"int8": 32 * 64 + 4 * 32, "int4": 32 * 32 + 4 * 32 * 2}[precision]
+    rows, scales = (64, 2) if f"{precision}-panels" in NAMES else (32, 4)
+    assert size == {"int8": rows * 64 + 4 * 32, "int4": rows * 32 + scales * rows * 2}[precision]
 
 
 def test_quantized_product_of_an_odd_shape_is_bf16() -> None:

@@ -37,6 +37,7 @@ class TestNothingMatches(TechniqueKit):
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Kernel times by decree instead of by measurement."""
     table = {"fp32": 4.0, "bf16": 3.0, "bf16-packed": 2.0, "int8-weight": 5.0, "int8-dynamic": 1.0, "int4-g32": 8.0}
+    table |= {"bf16-panels": 3.5, "int8-panels": 6.0, "int4-panels": 9.0}
 
     def decreed(shape, tokens, names, **_):  # type: ignore[no-untyped-def]
         return {n: table[n] for n in names if kernels.kernel(n).supports(*shape)}

@@ -1,4 +1,4 @@
-"""Linear layers through torch's own CPU kernels, and a measured table of which one is fastest.
+"""Linear layers through torch's CPU kernels and our own, and a measured table of which one is fastest.
 
 No kernel wins everywhere: a packed bf16 weight is best for one shape and batch, int8 with int8 activations for another,
 and a 4-bit weight may lose outright at 16 tokens. So the choice is measured, per (out, in) and number of tokens,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.clock import Clock, MonotonicClock
+from hasten.compress.packed import LinearKernel, Packed
+from hasten.compress.panels import panel_kernels, panel_product, takes
 from hasten.errors import ConfigurationError, DataError
 from hasten.measure.files import cache_folder, write_text
 from hasten.measure.latency import Protocol, compare
@@ -41,56 +42,6 @@ __all__ = [
 
 GROUP_SIZES = (32, 64, 128, 256)
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight as one kernel wants it. Immutable: copies share the tensors."""
-
-    tensors: tuple[Tensor, ...]
-    """the kernel's own layout"""
-    shape: tuple[int, int]
-    """(out, in) of the weight"""
-    group: int = 0
-    """inputs that share a scale; 0 where a whole row does"""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return self
-
-
-@dataclass(frozen=True)
-class LinearKernel:
-    """One way to compute ``x Wᵀ``.
-
-    >>> k = kernel("int8-dynamic")
-    >>> weight, x = torch.randn(32, 64), torch.randn(3, 64)
-    >>> packed = k.pack(weight)
-    >>> k.run(x, packed).shape, packed.bytes
-    (torch.Size([3, 32]), 2176)
-    """
-
-    name: str
-    """unique: ``bf16-packed``, ``int8-dynamic``, …"""
-    precision: str
-    """format of the stored weight: fp32, bf16, int8 or int4"""
-    pack: Callable[[Tensor], Packed]
-    """weight (out, in) in any float format -> packed; done once"""
-    run: Callable[[Tensor, Packed], Tensor]
-    """x (tokens, in), packed -> (tokens, out) in the format of x"""
-    unpack: Callable[[Packed], Tensor]
-    """packed -> the weight that is really used, (out, in) float32"""
-    error: float
-    """bound of the relative error against float32, see the module"""
-    supports: Callable[[int, int], bool]
-    """(out, in) -> whether the kernel takes such a weight"""
-
-    def __repr__(self) -> str:
-        return f"LinearKernel({self.name!r})"
 
 
 def _quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,6 +167,7 @@ def available() -> list[LinearKernel]:
             2e-2,
             _sixteens,
         ),
+        *panel_kernels(),
         *(
             LinearKernel(
                 f"int4-g{group}",
@@ -376,17 +328,21 @@ def quantized_product(
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """``x (rows, in) -> x Wᵀ + bias (rows, out)`` for a weight (out, in) stored in int8 or int4, and its bytes.
 
-    The kernels of a precision share one stored weight, so the fastest is chosen at each call by the number of rows,
-    from a brief measurement at packing (cached). A shape that no kernel of the precision takes is stored in bf16;
+    Our own kernel where the processor has its instructions. Elsewhere the kernels of a precision share one stored
+    weight, so the fastest is chosen at each call by the number of rows, from a brief measurement at packing (cached). A
+    shape that no kernel of the precision takes is stored in bf16;
     the bytes tell. ``group`` is the number of inputs that share an int4 scale. Raises
     :class:`~hasten.errors.ConfigurationError` for another precision.
     """
     if precision not in ("int8", "int4"):
         raise ConfigurationError(f"precision {precision!r} is not quantised; give int8 or int4")
+    if takes(precision, *weight.shape) and (precision == "int8" or group == 32):
+        ours, _, num_bytes = panel_product(weight, precision, bias)
+        return lambda x: ours(x.to(torch.bfloat16).contiguous()).to(x.dtype), num_bytes
     shape = (weight.shape[0], weight.shape[1])
     wanted = f"int4-g{group}" if precision == "int4" else ""
     names = [k.name for k in available() if k.precision == precision and k.supports(*shape)]
-    names = [n for n in names if not wanted or n == wanted]
+    names = [n for n in names if n == wanted or (not wanted and not n.endswith("-panels"))]
     if not names:
         present = [k.name for k in available()]
         names = ["bf16-packed" if "bf16-packed" in present else "bf16"]

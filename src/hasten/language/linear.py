@@ -1,20 +1,22 @@
 """Packed matrices: weights laid out once for the kernel that will multiply them.
 
 A weight (out, in) is read once per step whatever the number of rows, so up to some tens of rows a product costs the
-bytes of its weight. oneDNN reads a packed bfloat16 weight at the machine's bandwidth from four rows on but not for
-fewer (measured on AVX-512 with bf16 instructions: 27 GB/s for one row, 37 for four, of 34 to 37), so fewer rows are
-padded to four. In deterministic mode products always have sixteen rows, so that a row's bits do not depend on how many
-rows there are.
+bytes of its weight. Our own kernels (:mod:`hasten.nn.product`) take one row and a thousand from the same layout, and a
+row's bits do not depend on the others. Where the processor lacks their instructions, and in float32, oneDNN multiplies:
+in deterministic mode always sixteen rows, and bfloat16 at least four, which it reads faster than one (measured on
+AVX-512: 27 GB/s for one row, 37 for four).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hasten.compress.panels import panel_product, takes
 from hasten.errors import ConfigurationError
 
 __all__ = ["PRECISIONS", "PackedLinear", "best_precision", "pack"]
@@ -36,8 +38,9 @@ class PackedLinear:
         in_features: int,
         out_features: int,
         num_bytes: int,
-        tile: int | None,
+        tile: int | None = None,
         pads: bool = False,
+        packed: Any = None,
     ) -> None:
         self._product = product
         self.in_features = in_features
@@ -45,6 +48,8 @@ class PackedLinear:
         self.num_bytes = num_bytes
         self._tile = tile
         self._pads = pads
+        self.packed = packed
+        """arrays of :mod:`hasten.nn.product`; None where another kernel multiplies"""
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -81,6 +86,9 @@ def pack(weight: Tensor, precision: str, *, bias: Tensor | None = None, determin
     Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
     """
     out_features, in_features = weight.shape
+    if weight.device.type == "cpu" and takes(precision, out_features, in_features):
+        product, packed, num_bytes = panel_product(weight, precision, bias)
+        return PackedLinear(product, in_features, out_features, num_bytes, packed=packed)
     tile = _TILE if deterministic else None
     if precision in ("fp32", "bf16"):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -1,0 +1,129 @@
+"""A few rows times a bfloat16 matrix, without another copy of it.
+
+The matrix (out, in) lies in panels of 64 outputs; a panel holds, input pair by input pair, the pairs of its 64 outputs
+side by side: one stream of memory, read once. An output is summed over the inputs in their order whatever the number of
+rows and threads, so a row's bits never depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hasten.nn.bfloat import store
+from hasten.nn.product import instructions as avx
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, aligned, in_blocks, scaled
+
+__all__ = ["multiply", "pack", "panels", "unpack"]
+
+_SPAN = 512
+"""Input pairs of a stretch (128 KiB of weights)."""
+_AHEAD = 24 * LINE
+"""Bytes between a weight in use and the one asked for."""
+
+
+def _emit(builder: Any, rows: int, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any) -> None:
+    """sums[row, 0:64] += x[row, pairs] . panel[pairs, 64] for ``rows`` rows."""
+    lines = [builder.add(x, scaled(builder, x_stride, r)) for r in range(rows)]
+    places = [(r, t, (r * TILES + t) * LINE) for r in range(rows) for t in range(TILES)]
+    totals = [cgutils.alloca_once(builder, avx.FLOATS) for _ in places]
+    for total, (_, _, offset) in zip(totals, places, strict=True):
+        builder.store(avx.load(builder, sums, offset, avx.FLOATS), total)
+    with cgutils.for_range(builder, pairs) as loop:
+        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
+        at = scaled(builder, loop.index, 4)
+        for t in range(TILES):
+            avx.prefetch(builder, panel, _AHEAD + t * LINE)
+        tiles = [avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)]
+        for r in range(rows):
+            pair = avx.broadcast(builder, lines[r], at)
+            for t in range(TILES):
+                total = totals[r * TILES + t]
+                builder.store(avx.dot_bfloat16(builder, builder.load(total), tiles[t], pair), total)
+    for total, (_, _, offset) in zip(totals, places, strict=True):
+        avx.store(builder, builder.load(total), sums, offset)
+
+
+@intrinsic
+def _stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any, count: Any) -> Any:
+    """``count`` rows at address ``x`` times one stretch of a panel, added to ``sums`` (count, 64) float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_stride, weights, pairs, sums, count = arguments
+
+        def emit(rows: int, row: Any) -> None:
+            here = builder.add(x, builder.mul(row, x_stride))
+            _emit(builder, rows, here, x_stride, weights, pairs, builder.add(sums, scaled(builder, row, PANEL * 4)))
+
+        in_blocks(builder, count, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
+
+
+@njit(cache=True, error_model="numpy")
+def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> None:
+    """Items ``first`` to ``last`` of the product: an item is one group of rows times one panel.
+
+    x (rows, in) bfloat16 as uint16, contiguous; weights (panels, in / 2, 64, 2) uint16; bias (out,) float32 or empty;
+    out (rows, out) uint16 or float32.
+    """
+    rows, width = out.shape
+    groups = (rows + GROUP - 1) // GROUP
+    pairs = weights.shape[1]
+    sums = np.empty((min(rows, GROUP), PANEL), np.float32)
+    base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
+    for item in range(first, last):
+        panel, start = item // groups, (item % groups) * GROUP
+        count = min(GROUP, rows - start)
+        sums[:count] = 0
+        for pair in range(0, pairs, _SPAN):
+            _stretch(x_base + start * x_stride + pair * 4, x_stride, base + (panel * pairs + pair) * PANEL * 4,
+                     min(_SPAN, pairs - pair), sums.ctypes.data, count)  # fmt: skip
+        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
+        for row in range(count):
+            target, line = out[start + row], sums[row]
+            if len(bias) > 0:
+                for i in range(low, high):
+                    store(target, i, line[i - low] + bias[i])
+            else:
+                for i in range(low, high):
+                    store(target, i, line[i - low])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _multiply(x: Any, weights: Any, bias: Any, out: Any, parts: int) -> None:
+    items = weights.shape[0] * ((out.shape[0] + GROUP - 1) // GROUP)
+    for part in prange(parts):
+        panels(x, weights, bias, out, items * part // parts, items * (part + 1) // parts)
+
+
+def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
+    """``out = x @ W.T + bias`` with ``W`` as :func:`pack` laid it out; see :func:`panels` for the shapes."""
+    _multiply(x, weights, bias, out, numba.get_num_threads())
+
+
+@njit(cache=True)
+def _fill(weight: Any, packed: Any) -> None:
+    for row in range(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            packed[row // PANEL, i // 2, row % PANEL, i % 2] = weight[row, i]
+
+
+def pack(weight: Any) -> Any:
+    """weight (out, in) bfloat16 as uint16 -> (panels, in / 2, 64, 2); zeros fill the last panel. ``in`` is even."""
+    out_features, in_features = weight.shape
+    packed = aligned((-(-out_features // PANEL), in_features // 2, PANEL, 2), np.uint16)
+    _fill(np.ascontiguousarray(weight), packed)
+    return packed
+
+
+def unpack(packed: Any, out_features: int, in_features: int) -> Any:
+    """The weight (out, in) float32 that :func:`pack` laid out."""
+    plain = packed.transpose(0, 2, 1, 3).reshape(-1, packed.shape[1] * 2)[:out_features, :in_features]
+    return (plain.astype(np.uint32) << 16).view(np.float32)

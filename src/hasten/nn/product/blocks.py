@@ -1,0 +1,64 @@
+"""What the kernels of the three precisions share: panels of 64 outputs, blocks of up to six rows.
+
+Four registers hold a row's sums for the 64 outputs of a panel; six rows of them and the weights fill the 32 registers
+of AVX-512. :func:`in_blocks` writes the code for six rows and for each smaller rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils
+
+from hasten.nn.product.instructions import LANES
+
+__all__ = ["GROUP", "LINE", "PANEL", "ROWS", "TILES", "aligned", "in_blocks", "scaled"]
+
+PANEL = 64
+"""Outputs of a panel."""
+TILES = PANEL // LANES
+"""Registers of a row's sums."""
+ROWS = 6
+"""Rows of a block."""
+LINE = 64
+"""Bytes of a register, and of a line of memory."""
+GROUP = 96
+"""Rows that share a stretch of weights from the second-level cache before the next stretch is read."""
+_WORD = ir.IntType(64)
+
+
+def scaled(builder: Any, index: Any, factor: int) -> Any:
+    """``index * factor``, both 64 bits wide."""
+    return builder.mul(index, ir.Constant(_WORD, factor))
+
+
+def in_blocks(builder: Any, count: Any, emit: Callable[[int, Any], None]) -> None:
+    """Code that calls ``emit(rows, first row)`` for ``count`` rows: blocks of six, then the rest in one block."""
+    position = cgutils.alloca_once_value(builder, ir.Constant(_WORD, 0))
+    full = builder.sdiv(count, ir.Constant(_WORD, ROWS))
+    with cgutils.for_range(builder, full) as loop:
+        row = scaled(builder, loop.index, ROWS)
+        emit(ROWS, row)
+        builder.store(builder.add(row, ir.Constant(_WORD, ROWS)), position)
+    row = builder.load(position)
+    rest = builder.sub(count, row)
+    after = builder.append_basic_block("after.rows")
+    switch = builder.switch(rest, after)
+    for rows in range(1, ROWS):
+        case = builder.append_basic_block(f"rows.{rows}")
+        switch.add_case(ir.Constant(_WORD, rows), case)
+        builder.position_at_end(case)
+        emit(rows, row)
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
+def aligned(shape: tuple[int, ...], kind: Any) -> Any:
+    """An array of zeros that starts at a multiple of 64 bytes."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    raw = np.zeros(size + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + size].view(kind).reshape(shape)

@@ -1,0 +1,110 @@
+"""Our own products: the mathematics, and that a row's bits depend on nothing but the row."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.nn.product import FORMATS, supported
+
+NONE = np.empty(0, np.float32)
+PRECISIONS = [p for p in FORMATS if supported(p)]
+pytestmark = pytest.mark.skipif(not PRECISIONS, reason="this processor lacks the instructions")
+
+
+def module(precision):
+    from hasten.nn.product import bfloat16, int4, int8
+
+    return {"bf16": bfloat16, "int8": int8, "int4": int4}[precision]
+
+
+def draw(outs, ins, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outs, ins, generator=generator).bfloat16()
+    return weight, torch.randn(rows, ins, generator=generator).bfloat16()
+
+
+def words(x):
+    return x.view(torch.uint16).numpy()
+
+
+def packed(precision, weight):
+    return module(precision).pack(words(weight) if precision == "bf16" else weight.float().numpy())
+
+
+def used(precision, weight):
+    """The weight that the product uses, (out, in) float64."""
+    arrays = packed(precision, weight)
+    arrays = arrays if isinstance(arrays, tuple) else (arrays,)
+    return module(precision).unpack(*arrays, *weight.shape).astype(np.float64)
+
+
+def rounded(precision, x):
+    """The activations that the product uses: bytes with a scale for each group, by the obvious way."""
+    plain = x.double().numpy()
+    if precision == "bf16":
+        return plain
+    size = module(precision).INPUTS
+    for row in plain:
+        for at in range(0, len(row), size):
+            part = row[at : at + size]
+            step = np.float32(np.abs(part).max() / 127)
+            if step > 0:
+                part[:] = np.rint(part / step) * step
+    return plain
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(PRECISIONS), st.integers(1, 150), st.integers(1, 90), st.integers(1, 20), st.integers(0, 99))
+def test_product_is_that_of_the_rounded_factors(precision, outs, half, rows, seed):
+    weight, x = draw(outs, 2 * half, rows, seed)
+    out = np.empty((rows, outs), np.float32)
+    bias = np.arange(outs, dtype=np.float32)
+    module(precision).multiply(words(x), packed(precision, weight), bias, out)
+    wanted = rounded(precision, x) @ used(precision, weight).T + bias
+    # a half-way case may round the other way in float32: one step of one input
+    scale = np.abs(x.float().numpy()).max() * np.abs(weight.float().numpy()).max()
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5 * outs + (0 if precision == "bf16" else scale / 100))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_has_the_same_bits_in_any_company(precision):
+    weight, x = draw(130, 1100, 210, 0)
+    arrays = packed(precision, weight)
+    together = np.empty((210, 130), np.float32)
+    module(precision).multiply(words(x), arrays, NONE, together)
+    for first, count in ((0, 1), (7, 2), (100, 3), (95, 4), (201, 5), (0, 6), (3, 97)):
+        some = np.empty((count, 130), np.float32)
+        module(precision).multiply(words(x[first : first + count].contiguous()), arrays, NONE, some)
+        assert (some == together[first : first + count]).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_stored_weights_are_close(precision):
+    weight, _ = draw(70, 200, 1, 1)
+    error = np.linalg.norm(used(precision, weight) - weight.double().numpy()) / weight.double().norm().item()
+    assert error <= {"bf16": 0, "int8": 0.01, "int4": 0.1}[precision]
+    if precision == "bf16":
+        assert (used(precision, weight) == weight.double().numpy()).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_zeros_and_extremes(precision):
+    weight, x = draw(64, 64, 3, 2)
+    weight[5], x[1] = 0, 0
+    x[2] *= 1e30
+    out = np.empty((3, 64), np.float32)
+    module(precision).multiply(words(x), packed(precision, weight), NONE, out)
+    assert (out[:, 5] == 0).all()
+    assert (out[1] == 0).all()
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_output_in_bfloat16_is_the_rounded_float32(precision):
+    weight, x = draw(96, 128, 5, 3)
+    exact, short = np.empty((5, 96), np.float32), torch.empty(5, 96, dtype=torch.bfloat16)
+    module(precision).multiply(words(x), packed(precision, weight), NONE, exact)
+    module(precision).multiply(words(x), packed(precision, weight), NONE, words(short))
+    assert torch.equal(torch.from_numpy(exact).bfloat16(), short)
