@@ -25,6 +25,7 @@ ALONG_A_FLOOR = {
     ("budget", "errors"),
     ("clock", "errors"),
     ("spiking", "adapt"),
+    ("spiking", "compress"),  # the contract of a technique
     ("train", "network"),
     ("testing", "studies"),
 }

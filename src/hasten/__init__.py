@@ -16,7 +16,7 @@ from hasten.budget import SLO, Budget
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
-    from hasten import compress, language, measure, nn, serve, studies, testing, train, tune
+    from hasten import compress, language, measure, nn, retrieve, serve, spiking, studies, testing, train, tune
 
 __all__ = [
     "SLO",
@@ -26,7 +26,9 @@ __all__ = [
     "language",
     "measure",
     "nn",
+    "retrieve",
     "serve",
+    "spiking",
     "studies",
     "testing",
     "train",

@@ -6,6 +6,7 @@ The tree::
     ├── BudgetError          (ValueError)   a budget, an SLO or a unit that cannot be read
     ├── ConfigurationError   (ValueError)   knobs that contradict each other or leave their bounds
     ├── DataError            (ValueError)   a data file, trace or corpus that cannot be used
+    │   └── CorruptPostingError             a posting list of a vector index whose checksum is wrong
     ├── ModelError                          a model folder that cannot be used
     │   ├── ModelLoadError                  missing, truncated or corrupt files
     │   └── UnsupportedModelError           an architecture or feature that is not implemented
@@ -30,6 +31,7 @@ __all__ = [
     "CacheError",
     "ConfigurationError",
     "ContextLengthError",
+    "CorruptPostingError",
     "DataError",
     "EngineDeadError",
     "EngineError",
@@ -60,6 +62,14 @@ class ConfigurationError(HastenError, ValueError):
 
 class DataError(HastenError, ValueError):
     """A data file, trace or corpus that cannot be used."""
+
+
+class CorruptPostingError(DataError):
+    """A posting list of a vector index does not have the bytes that were written; ``lists`` names the ones at fault."""
+
+    def __init__(self, message: str, lists: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.lists = lists
 
 
 class ModelError(HastenError):

@@ -115,3 +115,29 @@ def test_exponential_is_accurate_to_two_units():
     assert np.max(np.abs(out - exact) / exact) < 1e-5  # the argument's own rounding, times 87, dominates
     near = np.abs(x) < 1
     assert np.max(np.abs(out[near] - exact[near]) / exact[near]) < 3e-7
+
+
+@pytest.mark.skipif(not kernels_cpu.paged_kernel_takes(16, 64), reason="this processor lacks the instructions")
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 90)), min_size=1, max_size=4),
+    heads=st.sampled_from([(4, 2), (3, 1), (2, 2), (10, 2), (8, 1)]),
+    width=st.sampled_from([32, 64, 96, 128]),
+    window=st.sampled_from([None, 1, 5, 40]),
+    seed=st.integers(0, 99),
+)
+def test_attention_over_pages_of_sixteen(lengths, heads, width, window, seed):
+    batch, blocks = ragged(*zip(*lengths, strict=True), size=16)
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch.num_tokens, heads[0], width, generator=generator).bfloat16()
+    keys, values = (torch.randn(blocks, heads[1], 16, width, generator=generator).bfloat16() for _ in range(2))
+    # What lies behind the last token of a sequence was never written and may be anything.
+    starts = batch.starts.tolist()
+    for chunk, table in enumerate(batch.block_tables.tolist()):
+        total = int(batch.contexts[chunk]) + starts[chunk + 1] - starts[chunk]
+        keys[table[(total - 1) // 16], :, total - 16 * ((total - 1) // 16) :] = float("nan")
+        values[table[(total - 1) // 16], :, total - 16 * ((total - 1) // 16) :] = float("nan")
+    results = []
+    for ops, k, v in ((kernels_torch, keys.nan_to_num(), values.nan_to_num()), (kernels_cpu, keys, values)):
+        results.append(ops.attend(query, ops.prepare(batch), ops.constant(k), ops.constant(v), 0.2, window, None))
+    torch.testing.assert_close(results[1].float(), results[0].float(), atol=2e-2, rtol=2e-2)

@@ -23,7 +23,7 @@ def calibrated(tmp_path_factory):
 
 def test_start_up_is_told_in_phases(calibrated):
     _, log, phases, _, _ = calibrated
-    assert list(phases) == ["import", "load", "pack", "calibrate", "cache", "warm-up"]
+    assert list(phases) == ["import", "load", "pack", "calibrate", "speculate", "cache", "warm-up"]
     assert all(p["seconds"] >= 0 for p in phases.values())
     assert "ready on http://127.0.0.1:" in log
 

@@ -33,14 +33,22 @@ _COMMANDS = (
     ("demo", "demo", "demo"),
     ("infill", "infill", "infill"),
     ("train-lm", "train_lm", "train_lm"),
+    ("stream", "stream", "stream"),
 )
+
+_index = typer.Typer(help="An index of vectors on disk: build, search, change, tune, serve.", no_args_is_help=True)
+_INDEX = ("build", "search", "add", "delete", "compact", "verify", "snapshot", "bench", "tune", "cost", "serve")
 
 
 def _build() -> None:
     for name, module, function in _COMMANDS:
         app.command(name)(getattr(importlib.import_module(f"hasten.cli.{module}"), function))
     _bench.command("serve")(importlib.import_module("hasten.cli.bench").bench_serve)
+    _bench.command("speculate")(importlib.import_module("hasten.cli.speculate").bench_speculate)
     app.add_typer(_bench, name="bench")
+    for name in _INDEX:
+        _index.command(name)(getattr(importlib.import_module("hasten.cli.index"), name))
+    app.add_typer(_index, name="index")
 
 
 @app.callback(invoke_without_command=True)

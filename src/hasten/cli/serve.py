@@ -30,6 +30,14 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Answers do not depend on what else is in the batch.")
     ] = False,
+    speculate: Annotated[
+        str, typer.Option(help="Guess tokens ahead: auto, off, draft or ngram. Answers are the same.")
+    ] = "auto",
+    draft: Annotated[str | None, typer.Option(help="Small model that guesses; its vocabulary is the model's.")] = None,
+    kv_store: Annotated[Path | None, typer.Option(help="Folder that keeps prefixes across restarts.")] = None,
+    kv_store_quality: Annotated[
+        str, typer.Option(help="How much stored prefixes may raise the perplexity, such as 1%, or exact.")
+    ] = "1%",
     replicas: Annotated[int, typer.Option(help="Engine processes, each with its own weights and KV cache.")] = 1,
     balancer: Annotated[
         str, typer.Option(help="Places requests on replicas: least-tokens or round-robin.")
@@ -83,6 +91,10 @@ def serve(
         threads=threads,
         deterministic=deterministic,
         seed=seed,
+        speculate=speculate,
+        draft=draft,
+        kv_store=None if kv_store is None else str(kv_store),
+        kv_quality=_quality(kv_store_quality),
     )
     run(
         ServerConfig(
@@ -99,6 +111,20 @@ def serve(
             drain_timeout=parse_quantity(drain_timeout, "time"),
         )
     )
+
+
+def _quality(text: str) -> float | None:
+    from hasten.errors import ConfigurationError
+
+    if text == "exact":
+        return None
+    try:
+        value = float(text.rstrip("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1 or not text.endswith("%"):
+        raise ConfigurationError(f"--kv-store-quality is {text!r}; give a percentage such as 1%, or exact")
+    return value
 
 
 def _log_to_stderr(as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Model in, smaller model out: techniques, the recipes that name them, and the kernels that run the result."""
 
 from hasten.compress.kernels import LinearKernel, Packed, available, fastest
+from hasten.compress.mla import ToMLA
 from hasten.compress.precision import PackedLinear, WeightPrecision
 from hasten.compress.recipe import Plan, Recipe
 from hasten.compress.technique import LayerReport, Technique, TechniqueReport, exportable, register, sqnr
@@ -14,6 +15,7 @@ __all__ = [
     "Recipe",
     "Technique",
     "TechniqueReport",
+    "ToMLA",
     "WeightPrecision",
     "available",
     "exportable",

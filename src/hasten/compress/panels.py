@@ -69,8 +69,8 @@ def takes(precision: str, out: int, inner: int) -> bool:
     return supported(precision) and (inner % 2 == 0 if precision == "bf16" else out % 16 == 0 and inner % 32 == 0)
 
 
-def panel_product(weight: Tensor, precision: str, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Any, int]:
-    """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed arrays, and their bytes."""
+def panel_product(weight: Tensor, precision: str, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
+    """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed weight and bias, and their bytes."""
     module = _module(precision)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     packed = module.pack(_words(weight.detach().to(kind).contiguous()))
@@ -83,4 +83,4 @@ def panel_product(weight: Tensor, precision: str, bias: Tensor | None) -> tuple[
         module.multiply(x.view(torch.uint16).numpy(), packed, offset, out.view(torch.uint16).numpy())
         return out
 
-    return product, packed, sum(a.nbytes for a in arrays)
+    return product, (packed, None if bias is None else offset), sum(a.nbytes for a in arrays)

@@ -153,6 +153,44 @@ class BlockPool:
             self._references[block] = 1
             table.append(block)
 
+    def knows(self, name: bytes) -> bool:
+        """Whether a block of this name is there."""
+        return name in self._by_name
+
+    def adopt(self, name: bytes) -> int | None:
+        """A free block under ``name``, whose content the caller writes now; None if there is one, or none is free.
+
+        The block stays free and is found by its name until it is needed for something else.
+        """
+        if not self._free or name in self._by_name or not self.prefix_sharing:
+            return None
+        block, _ = self._free.popitem(last=False)
+        old = self._names[block]
+        if old is not None:
+            self._by_name.pop(old, None)
+        self._names[block] = name
+        self._by_name[name] = block
+        self._free[block] = None
+        return block
+
+    def shrink(self, seq: int, length: int) -> None:
+        """Take back the blocks of ``seq`` beyond ``length`` tokens: guesses that did not stand had been there.
+
+        Raises :class:`CacheError` if a block that goes has a name already; then nothing changed.
+        """
+        table = self._tables[seq]
+        keep = -(-length // self.block_size)
+        if keep < self._committed[seq][0]:
+            raise CacheError(
+                f"sequence {seq} cannot shrink to {length} tokens: {self._committed[seq][0]} blocks are named"
+            )
+        while len(table) > keep:
+            block = table.pop()
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+                self._free.move_to_end(block, last=self._names[block] is not None)  # nothing in it is worth keeping
+
     def commit(self, seq: int, tokens: Tokens) -> None:
         """Name the full blocks of ``seq``, whose computed tokens are ``tokens``, so that others can share them."""
         done, name = self._committed[seq]

@@ -9,15 +9,16 @@ does norm, rotation, cache writes or gating (:mod:`kernels_cpu`); other devices 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hasten.compress.panels import takes
 from hasten.errors import CacheError, ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
@@ -25,10 +26,16 @@ from hasten.language.linear import PackedLinear, best_precision, pack
 from hasten.language.ragged import RaggedBatch
 from hasten.nn import causal_mask
 
+if TYPE_CHECKING:
+    from hasten.language.placement import PlacedStep
+
 __all__ = ["Executor", "KVCache"]
 
 _LONG = 32
 """Rows of a chunk from which torch's flash kernel beats the row-wise one."""
+
+_FAR = 1024
+"""Tokens of context from which a sequence is worth cutting between threads."""
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -150,18 +157,23 @@ class Executor:
         config = self.config
         hidden = config.hidden_size
         with torch.inference_mode():
-            self._embedding = read("model.embed_tokens.weight", (config.vocab_size, hidden)).to(self.device)
+            embedding = read("model.embed_tokens.weight", (config.vocab_size, hidden)).to(self.device)
             self._layers = []
             for index in range(config.num_layers):
                 self._layers.append(self._read_layer(read, index))
                 if progress is not None:
                     progress(index + 1, config.num_layers + 1)
             self._last_norm = self._norm(read, "model.norm.weight")
-            head = self._embedding
+            head = embedding
             if not config.tie_embeddings:
                 head = read("lm_head.weight", (config.vocab_size, hidden)).to(self.device)
-            # The output matrix decides between near-equal tokens: it stays at 16 bits where the layers go lower.
-            self._head = self._pack(head, "bf16" if self.precision in ("int8", "int4") else self.precision)
+            # The output matrix decides between near-equal tokens, so it does not go below 8 bits; with a scale for
+            # each 128 inputs of a row these cost 0.0001 bits per byte on pycode-4m. Other kernels keep 16.
+            precision = self.precision
+            if precision in ("int8", "int4"):
+                precision = "int8" if self.device.type == "cpu" and takes("int8", *head.shape) else "bf16"
+            self._head = self._pack(head, precision)
+            self._embed = self._embedding(embedding)
             constant = self._ops.constant
             plain = rotary_tables(config, self.max_context, device=self.device)
             self._tables = tuple(constant(t.contiguous()) for t in plain)
@@ -169,8 +181,32 @@ class Executor:
             if config.local_rope_theta is not None:
                 local = rotary_tables(config, self.max_context, local=True, device=self.device)
                 self._local_tables = tuple(constant(t.contiguous()) for t in local)
+            self._stack: Any = None
+            if self.device.type == "cpu":
+                from hasten.language.stack import Stack
+
+                tables = (*self._tables, *self._local_tables)
+                self._stack = Stack.of(config, self._layers, self._head, self._last_norm, tables)
         if progress is not None:
             progress(config.num_layers + 1, config.num_layers + 1)
+
+    def _embedding(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Tokens (rows,) -> their rows of the embedding (rows, hidden) float32.
+
+        A tied embedding is read out of the packed output matrix where that holds the same numbers, so that it is in
+        memory once. Else it is copied, for a view of the file would keep the whole file mapped.
+        """
+        packed = self._head.packed
+        if self.config.tie_embeddings and packed is not None and packed[0] == "bf16":
+            panels = torch.from_numpy(packed[1])
+            size = panels.shape[2]
+
+            def from_panels(tokens: Tensor) -> Tensor:
+                return panels[tokens // size, :, tokens % size].flatten(1).view(torch.bfloat16).float()
+
+            return from_panels
+        own = weight.clone()
+        return lambda tokens: own[tokens].float()
 
     def _norm(self, read: Read, name: str, width: int | None = None) -> Any:
         weight = read(name, (width or self.config.hidden_size,)).to(self.device).float()
@@ -261,31 +297,41 @@ class Executor:
         device = self.device
         if device.type != "cpu":
             batch = _moved(batch, device)
-        residual = self._embedding[batch.tokens].float()
+        residual = self._embed(batch.tokens)
         if config.embedding_scale != 1.0:
             # Checkpoints were trained with this factor rounded to the type of the activations.
             residual *= float(torch.tensor(config.embedding_scale, dtype=dtype))
-        short, long = self._split(batch)
-        step, pages = ops.prepare(batch), cache.layers(ops.constant)
+        placed = self._placed(batch)
+        step = ops.prepare(batch)
+        if placed is None and self._stack is not None and self._stack.takes(cache):
+            return self._stack.step(residual, step, cache, batch.logit_rows)  # type: ignore[no-any-return]
+        short, long = (None, []) if placed is not None else self._split(batch)
+        pages = cache.layers(ops.constant)
         h = ops.norm(residual, self._layers[0].input_norm, config.norm_eps, dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             keys, values = pages[index]
             cos, sin = self._local_tables if layer.local else self._tables
-            query = ops.place(
-                layer.qkv(h),
-                step,
-                cos,
-                sin,
-                keys,
-                values,
-                config.num_heads,
-                layer.q_norm,
-                layer.k_norm,
-                config.norm_eps,
-            )
-            if not long:
-                scale, cap = config.attention_scale, config.attention_softcap
+            if placed is not None:
+                norms = (layer.q_norm, layer.k_norm, config.norm_eps)
+                query = placed.place(layer.qkv(h), cos, sin, keys, values, config.num_heads, *norms)
+            else:
+                query = ops.place(
+                    layer.qkv(h),
+                    step,
+                    cos,
+                    sin,
+                    keys,
+                    values,
+                    config.num_heads,
+                    layer.q_norm,
+                    layer.k_norm,
+                    config.norm_eps,
+                )
+            scale, cap = config.attention_scale, config.attention_softcap
+            if placed is not None:
+                h = placed.attend(query, keys, values, scale, layer.window, cap)
+            elif not long:
                 h = ops.attend(query, step, keys, values, scale, layer.window, cap)
             else:
                 h = self._attend_apart(query, short, long, cache, index, layer.window)
@@ -320,6 +366,42 @@ class Executor:
         if block.shared is not None and block.shared_gate is not None:
             out += torch.sigmoid(block.shared_gate(x).float()) * self._feed(block.shared, x).float()
         return out.to(x.dtype)
+
+    def _placed(self, batch: RaggedBatch) -> PlacedStep | None:
+        """The form of a batch whose rows are placed one by one; None where they stand one behind the other.
+
+        Plain batches take it too where few sequences have long contexts: shares of equal length then end inside a head.
+        """
+        if self.device.type != "cpu":
+            if batch.placement is not None:
+                raise ConfigurationError("trees of guesses run on the CPU; on another device use a chain")
+            return None
+        from hasten.language.placement import PlacedStep, chain_placement
+
+        if batch.placement is not None:
+            return PlacedStep(batch)
+        if self.deterministic or batch.num_tokens >= _LONG or batch.num_chunks == 0:
+            return None
+        contexts = batch.contexts.tolist()
+        rows = batch.num_tokens
+        if max(contexts) < _FAR or (rows == batch.num_chunks and rows * self.config.num_kv_heads >= 8):
+            return None
+        lengths = (batch.starts[1:] - batch.starts[:-1]).tolist()
+        return PlacedStep(replace(batch, placement=chain_placement(contexts, lengths)))
+
+    def keep(self, cache: KVCache, table: Sequence[int], context: int, nodes: Sequence[int]) -> None:
+        """Move the keys and values of accepted tree nodes behind the context, in their order; the rest is garbage.
+
+        Node i of the tree sits in slot ``context + i`` of the block table; ``nodes`` grow, so no move overwrites what a
+        later one reads.
+        """
+        size = cache.block_size
+        shared = cache.keys.data_ptr() == cache.values.data_ptr()
+        for place, node in enumerate(nodes):
+            if place != node:
+                to, source = context + place, context + node
+                for half in (cache.keys,) if shared else (cache.keys, cache.values):
+                    half[:, table[to // size], :, to % size] = half[:, table[source // size], :, source % size]
 
     def _split(self, batch: RaggedBatch) -> tuple[tuple[Any, Tensor] | None, list[_Long]]:
         """Chunks for the row-wise kernel, with their rows, and chunks for the flash kernel.

@@ -15,12 +15,26 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from hasten.language.bfloat import FAST, exp, load, store
+from hasten.language.kernels_paged import PAGE, attend_page, paged_kernel_takes
 from hasten.language.ragged import RaggedBatch
+from hasten.nn.bfloat import FAST, exp, load, store
 
-__all__ = ["Step", "add_norm", "attend", "constant", "gate", "norm", "place", "prepare"]
+__all__ = [
+    "PARALLEL_WORK",
+    "Step",
+    "add_norm",
+    "attend",
+    "attend_pages",
+    "constant",
+    "gate",
+    "gate_row",
+    "norm",
+    "place",
+    "place_token",
+    "prepare",
+]
 
-_PARALLEL_WORK = 1 << 18  # multiply-adds from which a second thread pays for its start
+PARALLEL_WORK = 1 << 18  # multiply-adds from which a second thread pays for its start
 
 
 def _array(x: Tensor) -> Any:
@@ -121,19 +135,24 @@ def add_norm(residual: Tensor, x: Tensor, weight: Any, eps: float, dtype: torch.
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
+def gate_row(line: Any, gelu: bool, target: Any) -> None:
+    """line (2 * inner,) holding gate and up -> target (inner,)."""
+    inner = len(target)
+    if gelu:  # x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3) is x (1 + tanh u) / 2
+        for i in range(inner):
+            value = load(line[i])
+            u = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)
+            store(target, i, value / (np.float32(1.0) + exp(-u)) * load(line[inner + i]))
+    else:
+        for i in range(inner):
+            value = load(line[i])
+            store(target, i, value / (np.float32(1.0) + exp(-value)) * load(line[inner + i]))
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _gate_rows(x: Any, gelu: bool, first: int, last: int, out: Any) -> None:
-    inner = out.shape[1]
     for row in range(first, last):
-        line, target = x[row], out[row]
-        if gelu:  # x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3) is x (1 + tanh u) / 2
-            for i in range(inner):
-                value = load(line[i])
-                u = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)
-                store(target, i, value / (np.float32(1.0) + exp(-u)) * load(line[inner + i]))
-        else:
-            for i in range(inner):
-                value = load(line[i])
-                store(target, i, value / (np.float32(1.0) + exp(-value)) * load(line[inner + i]))
+        gate_row(x[row], gelu, out[row])
 
 
 @njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
@@ -146,7 +165,7 @@ def _gate_parallel(x: Any, gelu: bool, parts: int, out: Any) -> None:
 def gate(x: Tensor, gelu: bool) -> Tensor:
     """x (rows, 2 * inner) holding gate and up side by side -> act(gate) * up (rows, inner)."""
     out, array = _empty((x.shape[0], x.shape[1] // 2), x.dtype)
-    if array.size * 8 < _PARALLEL_WORK:
+    if array.size * 8 < PARALLEL_WORK:
         _gate_rows(_array(x), gelu, 0, array.shape[0], array)
     else:
         _gate_parallel(_array(x), gelu, numba.get_num_threads(), array)
@@ -165,48 +184,41 @@ def _head_factor(line: Any, width: int, normed: bool, eps: float) -> Any:
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _place(
-    qkv: Any,
-    positions: Any,
-    starts: Any,
-    tables: Any,
-    cos: Any,
-    sin: Any,
-    keys: Any,
-    values: Any,
-    heads: int,
-    normed: bool,
-    q_norm: Any,
-    k_norm: Any,
-    eps: float,
-    query: Any,
-) -> None:
+def place_token(
+    qkv: Any, position: int, table: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int, normed: bool,
+    q_norm: Any, k_norm: Any, eps: float, query: Any,
+) -> None:  # fmt: skip
+    """One token: qkv ((heads + 2 kv_heads) * width,), table (blocks,), query (heads, width); see :func:`place`."""
     _, kv_heads, size, width = keys.shape
     pairs = cos.shape[1]
-    for chunk in range(len(starts) - 1):
-        for token in range(starts[chunk], starts[chunk + 1]):
-            position = positions[token]
-            c, s = cos[position], sin[position]
-            for head in range(heads + kv_heads):
-                line = qkv[token, head * width : (head + 1) * width]
-                factor = _head_factor(line, width, normed, eps)
-                weight = q_norm if head < heads else k_norm
-                if head < heads:
-                    target = query[token, head]
-                else:
-                    target = keys[tables[chunk, position // size], head - heads, position % size]
-                for i in range(pairs):
-                    a = load(line[i]) * factor * weight[i]
-                    b = load(line[pairs + i]) * factor * weight[pairs + i]
-                    store(target, i, a * c[i] - b * s[i])
-                    store(target, pairs + i, b * c[i] + a * s[i])
-                for i in range(2 * pairs, width):
-                    store(target, i, load(line[i]) * factor * weight[i])
-            for head in range(kv_heads):
-                at = (heads + kv_heads + head) * width
-                target = values[tables[chunk, position // size], head, position % size]
-                for i in range(width):
-                    store(target, i, load(qkv[token, at + i]))
+    c, s = cos[position], sin[position]
+    block, slot = table[position // size], position % size
+    for head in range(heads + kv_heads):
+        line = qkv[head * width : (head + 1) * width]
+        factor = _head_factor(line, width, normed, eps)
+        weight = q_norm if head < heads else k_norm
+        target = query[head] if head < heads else keys[block, head - heads, slot]
+        for i in range(pairs):
+            a = load(line[i]) * factor * weight[i]
+            b = load(line[pairs + i]) * factor * weight[pairs + i]
+            store(target, i, a * c[i] - b * s[i])
+            store(target, pairs + i, b * c[i] + a * s[i])
+        for i in range(2 * pairs, width):
+            store(target, i, load(line[i]) * factor * weight[i])
+    for head in range(kv_heads):
+        line, target = qkv[(heads + kv_heads + head) * width :], values[block, head, slot]
+        for i in range(width):
+            store(target, i, load(line[i]))
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _place(
+    qkv: Any, positions: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int,
+    normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
+) -> None:  # fmt: skip
+    for token in range(len(positions)):
+        place_token(qkv[token], positions[token], tables[chunk_of[token]], cos, sin, keys, values, heads, normed,
+                    q_norm, k_norm, eps, query[token])  # fmt: skip
 
 
 _ONES: dict[int, Any] = {}
@@ -235,7 +247,7 @@ def place(
         ones = _ONES[width] = np.ones(width, np.float32)
     query, array = _empty((qkv.shape[0], heads, width), qkv.dtype)
     _place(
-        _array(qkv), step.positions, step.starts, step.tables, cos, sin, keys, values, heads, q_norm is not None,
+        _array(qkv), step.positions, step.chunk_of, step.tables, cos, sin, keys, values, heads, q_norm is not None,
         ones if q_norm is None else q_norm, ones if k_norm is None else k_norm, eps, array,
     )  # fmt: skip
     return query
@@ -315,6 +327,50 @@ def _attend_items(
                     softcap, out[token], q, acc, scores, best, total)  # fmt: skip
 
 
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def attend_pages(
+    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """As :func:`_attend_items`, through the kernel for pages of sixteen keys."""
+    kv_heads, width = keys.shape[1], keys.shape[3]
+    group = query.shape[1] // kv_heads
+    sums = np.empty((group, width), np.float32)
+    weights = np.empty((group, PAGE), np.float32)
+    state = np.empty((3, group), np.float32)
+    best, total, fade = state[0], state[1], state[2]
+    for item in range(first, last):
+        token, head = item // kv_heads, item % kv_heads
+        position = positions[token]
+        start = 0 if window <= 0 else max(0, position - window + 1)
+        best[:] = np.float32(-1e30)
+        total[:] = 0
+        sums[:] = 0
+        table, last_page = tables[chunk_of[token]], position // PAGE
+        for number in range(start // PAGE, last_page + 1):
+            block = table[number]
+            following = table[min(number + 1, last_page)]
+            attend_page(query[token, head * group].ctypes.data, keys[block, head].ctypes.data,
+                        values[block, head].ctypes.data, (following - block) * keys.strides[0],
+                        max(0, start - number * PAGE), min(PAGE, position + 1 - number * PAGE), group, width,
+                        np.float32(scale), best.ctypes.data, total.ctypes.data, weights.ctypes.data, fade.ctypes.data,
+                        sums.ctypes.data)  # fmt: skip
+        for h in range(group):
+            inverse = np.float32(1.0) / total[h]
+            at, line = (head * group + h) * width, sums[h]
+            for i in range(width):
+                store(out[token], at + i, line[i] * inverse)
+
+
+@njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
+def _pages_parallel(
+    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
+    cuts: Any,
+) -> None:  # fmt: skip
+    for part in prange(len(cuts) - 1):
+        attend_pages(query, chunk_of, positions, tables, keys, values, scale, window, out, cuts[part], cuts[part + 1])
+
+
 @njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _attend_parallel(
     query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
@@ -342,11 +398,19 @@ def attend(
     tokens, heads, width = query.shape
     kv_heads = keys.shape[1]
     out, array = _empty((tokens, heads * width), query.dtype)
+    alone = step.work * heads * width * 2 < PARALLEL_WORK or tokens * kv_heads < 2
+    if query.dtype is torch.bfloat16 and softcap is None and paged_kernel_takes(keys.shape[2], width):
+        given = (_array(query), step.chunk_of, step.positions, step.tables, keys, values, scale, window or 0, array)
+        if alone:
+            attend_pages(*given, 0, tokens * kv_heads)
+        else:
+            _pages_parallel(*given, step.parts(kv_heads))
+        return out
     arguments = (
         _array(query), step.chunk_of, step.positions, step.tables, keys, values, scale,
         0 if window is None else window, 0.0 if softcap is None else softcap, array,
     )  # fmt: skip
-    if step.work * heads * width * 2 < _PARALLEL_WORK or tokens * kv_heads < 2:
+    if alone:
         _attend_items(*arguments, 0, tokens * kv_heads)
     else:
         _attend_parallel(*arguments, step.parts(kv_heads))

@@ -49,7 +49,7 @@ class PackedLinear:
         self._tile = tile
         self._pads = pads
         self.packed = packed
-        """arrays of :mod:`hasten.nn.product`; None where another kernel multiplies"""
+        """what :func:`hasten.nn.product.dispatch.describe` takes; None where another kernel multiplies"""
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -88,7 +88,9 @@ def pack(weight: Tensor, precision: str, *, bias: Tensor | None = None, determin
     out_features, in_features = weight.shape
     if weight.device.type == "cpu" and takes(precision, out_features, in_features):
         product, packed, num_bytes = panel_product(weight, precision, bias)
-        return PackedLinear(product, in_features, out_features, num_bytes, packed=packed)
+        return PackedLinear(
+            product, in_features, out_features, num_bytes, packed=(precision, *packed, out_features, in_features)
+        )
     tile = _TILE if deterministic else None
     if precision in ("fp32", "bf16"):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -96,6 +96,10 @@ class LanguageModel:
             "deterministic": self.deterministic,
         }
         if self._decoder is not None:
+            from hasten.language.latent import LatentExecutor, is_latent
+
+            if is_latent(self._decoder):
+                return LatentExecutor(self._decoder, progress=self._progress, **options)
             state = self._decoder.state_dict()
             return Executor(self.config, lambda name, shape: state[name].detach(), progress=self._progress, **options)
         assert self.folder is not None
@@ -189,10 +193,13 @@ def load(
                 f"a context of {context} tokens was asked for, {folder.name} has {config.max_position_embeddings}"
             )
         config = replace(config, max_position_embeddings=context)
+    from hasten.language.latent import read as read_latent
+
     return LanguageModel(
         str(name) if str(name) in EMBEDDED else folder.name,
         config,
         folder=folder,
+        decoder=read_latent(folder, config),
         device=device,
         precision=dtype,
         deterministic=deterministic,

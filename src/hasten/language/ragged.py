@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hasten.language.placement import Placement
 
 __all__ = ["RaggedBatch"]
 
@@ -32,6 +36,8 @@ class RaggedBatch:
     """(chunks, blocks) int32: cache blocks of each sequence, in order; unused entries are 0"""
     logit_rows: Tensor
     """(rows,) int64: which tokens' logits are wanted, as indices into ``tokens``"""
+    placement: Placement | None = None
+    """for trees of guesses and caches with gaps: slots and lines of sight of the rows; CPU only"""
 
     @classmethod
     def build(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.errors import ConfigurationError
 from hasten.language.params import GrammarSpec, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -86,6 +87,24 @@ class SamplingState:
             and params.min_tokens == 0
             and grammar is None
         )
+
+    def ahead(self, tokens: Sequence[int]) -> SamplingState:
+        """This state as it will be once ``tokens`` have been generated too; this one stays as it is.
+
+        A state with a grammar cannot look ahead and raises :class:`~hasten.errors.ConfigurationError`.
+        """
+        if self.plain or not tokens:
+            return self  # the likeliest token asks for nothing that came before
+        if self.grammar is not None:
+            raise ConfigurationError("a sequence with a grammar takes one token at a time; do not guess for it")
+        later = SamplingState.__new__(SamplingState)
+        for name in SamplingState.__slots__:
+            setattr(later, name, getattr(self, name))
+        later.generated += len(tokens)
+        if self.counts is not None:
+            later.counts = self.counts.copy()
+            np.add.at(later.counts, np.asarray(tokens, dtype=np.int64), 1.0)
+        return later
 
     def observe(self, token: int) -> None:
         """Take note of a token that was generated."""

@@ -33,13 +33,18 @@ from hasten.errors import (
 from hasten.language.cache import BlockPool
 from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampled, Sampler, SamplingParams, SamplingState, top_logprobs
-from hasten.serve.batch import Chunk, Observation, blocks_for
+from hasten.language.speculate.proposal import Proposal, Proposer
+from hasten.language.speculate.verify import accept_chain
+from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_for
+from hasten.serve.kvstore import PrefixStore
 from hasten.serve.layout import BatchLayout
 from hasten.serve.metrics import RequestRecord
 from hasten.serve.output import AnswerText, Completion, Output, Timing
 from hasten.serve.policy.base import Policy
+from hasten.serve.policy.speculation import SpeculationPolicy
 from hasten.serve.request import FinishReason, Status
 from hasten.serve.request import Sequence as Request
+from hasten.serve.speculation import Candidate, SpeculationStats, Speculator, StepTimes
 from hasten.serve.stats import EngineStats
 
 __all__ = ["Engine"]
@@ -98,6 +103,13 @@ class _Track:
         self.tokens[known] = token
         self.request.known = known + 1
 
+    def foresee(self, tokens: Sequence[int]) -> None:
+        """Write tokens behind the known ones, before they are known, so that their block can be named."""
+        known, end = self.request.known, self.request.known + len(tokens)
+        while end > self.tokens.shape[0]:
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        self.tokens[known:end] = tokens
+
     def timing(self) -> Timing:
         request = self.request
         times = request.token_times
@@ -139,13 +151,18 @@ class Engine:
         seed: int | None = None,
         max_records: int = 100_000,
         prefix_sharing: bool = True,
+        proposer: Proposer | None = None,
+        speculation: SpeculationPolicy | None = None,
+        kv_store: PrefixStore | None = None,
     ) -> None:
         """``model``: a language model, or an executor alone. ``policy``: by default stall-free with a budget of 512
         tokens.
 
         ``num_blocks``: by default as many as ``max_num_seqs`` full contexts need, within 1 GiB. ``deterministic``
         insists on an executor whose results do not depend on the rest of the batch. ``seed`` fixes what requests
-        without a seed draw. ``max_records``: how many finished requests ``records`` keeps.
+        without a seed draw. ``max_records``: how many finished requests ``records`` keeps. ``proposer`` guesses tokens
+        and ``speculation`` says how many (by goodput where it is left out); no token changes by it. ``kv_store`` keeps
+        prefixes beyond the life of the engine.
         """
         self.model = model
         self.executor = getattr(model, "executor", model)
@@ -177,6 +194,11 @@ class Engine:
         self.counters = EngineStats()
         self.records: deque[RequestRecord] = deque(maxlen=max_records)
         """finished requests, the newest last"""
+        self._speculator: Speculator | None = None
+        if proposer is not None:
+            times = StepTimes.measure(self.executor, self.clock, context=min(256, self.max_model_len // 2))
+            self._speculator = Speculator(proposer, speculation, times=times)
+        self._store = kv_store
         self._sampler = Sampler(self.vocab_size)
         self._layout = BatchLayout(min(most, num_blocks))
         self._tracks: dict[int, _Track] = {}
@@ -230,6 +252,8 @@ class Engine:
         )
         track = _Track(request, state, prompt_tokens)
         self._tracks[seq] = track
+        if self._store is not None and params.prompt_logprobs is None:
+            self._fetch(track, self._store)
         leader = self._tracks.get(follow) if follow is not None else None
         if leader is not None and leader.request.generated == 0:
             if leader.followers is None:
@@ -317,22 +341,99 @@ class Engine:
         )
         for seq in plan.preempt:
             self._preempt(seq)
-        work = self._prepare(plan.chunks, begin) if plan.chunks else []
+        guesses: dict[int, Proposal] = {}
+        if self._speculator is not None and plan.chunks:
+            plan, guesses = self._guess(plan, self._speculator)
+        guessed = self.clock.now() if self._speculator is not None else begin
+        work = self._prepare(plan.chunks, begin, guesses) if plan.chunks else []
         if not work:
             self._note_idle(bool(plan.preempt), outputs)
             return outputs
         self._idle_steps = 0
-        batch, ready, probes = self._build(work)
+        batch, ready, probes = self._build(work, guesses)
         logits = self.executor.step(batch, self.cache)
-        self._account(work, batch.num_tokens)
         if probes:
             self._read_prompt_logprobs(work, logits, probes)
-        if ready:
-            picked = logits if len(ready) == logits.shape[0] else logits[[row for _, row in ready]]
-            tracks = [track for track, _ in ready]
-            sampled = self._sampler.sample(picked, [track.state for track in tracks])
-            self._hand_out(tracks, sampled, outputs)
+        if guesses:
+            self._verify(work, ready, logits, guesses, outputs)
+        else:
+            self._account(work)
+            if ready:
+                picked = logits if len(ready) == logits.shape[0] else logits[[row for _, row in ready]]
+                tracks = [track for track, _ in ready]
+                sampled = self._sampler.sample(picked, [track.state for track in tracks])
+                self._hand_out(tracks, list(range(len(tracks))), sampled, outputs)
+        self.counters.iterations += 1
+        self.counters.iteration_tokens.add(batch.num_tokens)
+        if self._speculator is not None and len(ready) == len(work):
+            end = self.clock.now()
+            self._speculator.learn_step(
+                batch.num_tokens, end - guessed, len(outputs), end - begin, guessed=bool(guesses)
+            )
         return outputs
+
+    # ---- speculation ----------------------------------------------------------------------------------------------
+
+    def _guess(self, plan: StepPlan, speculator: Speculator) -> tuple[StepPlan, dict[int, Proposal]]:
+        """Guesses for the decodes of a plan, where that pays."""
+        candidates = []
+        free = self.pool.num_free
+        for chunk in plan.chunks:
+            track = self._tracks[chunk.seq]
+            request = track.request
+            free -= max(0, blocks_for(chunk.start + chunk.length, self.block_size) - request.blocks)
+            if chunk.length != 1 or not request.decoding or request.status is not Status.RUNNING:
+                continue
+            left = request.max_tokens - request.generated - 1
+            limit = min(left, self.max_model_len - request.known - 1) if track.state.grammar is None else 0
+            candidates.append(Candidate(chunk, request, track.tokens[: request.known], limit))
+        return speculator.extend(plan, candidates, max(0, free), self.block_size, self.clock)
+
+    def _verify(
+        self,
+        work: list[tuple[_Track, int, int]],
+        ready: list[tuple[_Track, int]],
+        logits: torch.Tensor,
+        guesses: dict[int, Proposal],
+        outputs: list[Output],
+    ) -> None:
+        """Choose a token at every wanted row, keep the guesses that equal the choices, and hand out."""
+        states: list[SamplingState] = []
+        spans: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for track, row in ready:
+            proposal = guesses.get(track.request.seq)
+            count = 0 if proposal is None else len(proposal.tokens)
+            spans.append((len(rows), count))
+            for place in range(count + 1):
+                states.append(track.state.ahead(proposal.tokens[:place]) if proposal is not None else track.state)
+                rows.append(row + place)
+        sampled = self._sampler.sample(logits if len(rows) == logits.shape[0] else logits[rows], states)
+        tracks: list[_Track] = []
+        kept: list[int] = []
+        for (track, _), (first, count) in zip(ready, spans, strict=True):
+            accepted = 0
+            proposal = guesses.get(track.request.seq)
+            if proposal is not None:
+                accepted = accept_chain(proposal.tokens, sampled.tokens[first : first + count + 1])
+                if sampled.finite is not None:
+                    bad = [i for i in range(count + 1) if not sampled.finite[first + i]]
+                    accepted = min([accepted, *bad])
+                assert self._speculator is not None
+                self._speculator.learn(track.request.seq, proposal, accepted)
+                track.foresee(sampled.tokens[first : first + accepted + 1])
+            tracks += [track] * (accepted + 1)
+            kept += range(first, first + accepted + 1)
+        ends = {id(track): 0 for track, _ in ready}
+        for track in tracks:
+            ends[id(track)] += 1
+        self._account([(t, start, start + ends[id(t)] if t.request.seq in guesses else end) for t, start, end in work])
+        self._hand_out(tracks, kept, sampled, outputs)
+        for track, _ in ready:
+            request = track.request
+            if request.seq in guesses and request.status is Status.RUNNING:
+                self.pool.shrink(request.seq, request.known)
+                request.blocks = len(self.pool.table(request.seq))
 
     def _queue_now(self) -> list[Request]:
         """The waiting sequences in order; the first few know what the cache would give them now."""
@@ -359,6 +460,19 @@ class Engine:
         insort(self._waiting, track, key=lambda t: t.rank)
         self._queue_stale = True
 
+    def _fetch(self, track: _Track, store: PrefixStore) -> None:
+        """Put what the store has of a prompt's prefix into free blocks, where admission finds it."""
+        names = self.pool.names(track.tokens[: track.request.known])[: self.pool.num_free]
+        for first, kv in store.find(names, self.pool.knows, self.block_size):
+            part = names[first : first + store.blocks]
+            blocks = [self.pool.adopt(name) for name in part]
+            table = [0] * first + [0 if block is None else block for block in blocks]
+            for index, block in enumerate(blocks):
+                if block is not None:
+                    at = index * self.block_size
+                    store.place(self.cache, table, kv.cut(at, at + self.block_size))
+            self._version += 1
+
     def _preempt(self, seq: int) -> None:
         track = self._tracks[seq]
         request = track.request
@@ -372,7 +486,9 @@ class Engine:
         track.rank = (request.priority, False, request.arrival, seq)
         self._enqueue(track)
 
-    def _prepare(self, chunks: Sequence[Chunk], now: float) -> list[tuple[_Track, int, int]]:
+    def _prepare(
+        self, chunks: Sequence[Chunk], now: float, guesses: dict[int, Proposal]
+    ) -> list[tuple[_Track, int, int]]:
         """Admit and give blocks; the work as (track, start, end).
 
         Prefixes of all admitted sequences are taken before any block is given, so that no gift evicts a prefix that
@@ -386,7 +502,8 @@ class Engine:
             start = chunk.start
             if request.status is Status.WAITING:
                 start = self._admit(track, now)
-            work.append((track, start, min(start + chunk.length, request.known)))
+            verifies = chunk.kind is ChunkKind.VERIFY
+            work.append((track, start, start + chunk.length if verifies else min(start + chunk.length, request.known)))
         short = False
         for index, (track, _, end) in enumerate(work):
             request = track.request
@@ -394,6 +511,12 @@ class Engine:
                 try:
                     self._grow(track, end)
                 except OutOfBlocksError:  # a shared prefix took free blocks that the plan counted twice
+                    if guesses.pop(request.seq, None) is not None:  # go on without the guesses, if that helps
+                        end = request.known
+                        work[index] = (track, request.computed, end)
+                        if end <= request.blocks * size or self.pool.can_grow(request.seq, end):
+                            self._grow(track, end)
+                            continue
                     short = True
                     work[index] = (track, 0, 0)
         if short:
@@ -428,7 +551,7 @@ class Engine:
         self._layout.extend(track.slot, held, table[held:])
 
     def _build(
-        self, work: list[tuple[_Track, int, int]]
+        self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal]
     ) -> tuple[RaggedBatch, list[tuple[_Track, int]], list[tuple[int, int, int]]]:
         """The batch, the tracks that get a token with their rows, and (work, first row, rows) of prompt logprobs."""
         size = self.block_size
@@ -446,7 +569,7 @@ class Engine:
         at = 0
         for index, (track, start, end) in enumerate(work):
             last = at + end - start
-            done = end == track.request.known
+            done = end >= track.request.known
             logs = track.prompt_logprobs
             if logs is not None and len(logs) <= track.request.prompt_len:
                 first = max(0, len(logs) - 1 - start)  # the logits at p belong to the token at p + 1
@@ -456,14 +579,19 @@ class Engine:
                     rows.extend(range(at + first, at + first + count))
             if done:
                 ready.append((track, len(rows)))
-                rows.append(last - 1)
+                rows.extend(range(last - 1 - (end - track.request.known), last))  # with guesses: one more each
             at = last
-        pieces = [track.tokens[start:end] for track, start, end in work]
+        pieces = [
+            track.tokens[start:end]
+            if end <= track.request.known
+            else np.concatenate([track.tokens[start : track.request.known], guesses[track.request.seq].tokens])
+            for track, start, end in work
+        ]
         contexts = [start for _, start, _ in work]
         slots = [track.slot for track, _, _ in work]
         return self._layout.build(pieces, contexts, slots, rows, width), ready, probes
 
-    def _account(self, work: list[tuple[_Track, int, int]], num_tokens: int) -> None:
+    def _account(self, work: list[tuple[_Track, int, int]]) -> None:
         pool = self.pool
         for track, start, end in work:
             request = track.request
@@ -477,8 +605,6 @@ class Engine:
             if pool.needs_commit(request.seq, end):
                 pool.commit(request.seq, track.tokens[:end])
                 self._version += 1
-        self.counters.iterations += 1
-        self.counters.iteration_tokens.add(num_tokens)
 
     def _read_prompt_logprobs(
         self, work: list[tuple[_Track, int, int]], logits: torch.Tensor, probes: list[tuple[int, int, int]]
@@ -491,13 +617,16 @@ class Engine:
             wanted = [track.state.params.prompt_logprobs or 0] * count
             logs.extend(top_logprobs(logits[row : row + count], following, wanted))
 
-    def _hand_out(self, tracks: list[_Track], sampled: Sampled, outputs: list[Output]) -> None:
+    def _hand_out(self, tracks: list[_Track], rows: list[int], sampled: Sampled, outputs: list[Output]) -> None:
+        """Give each track the token of its row; a track that occurs again takes several, until one ends it."""
         now = self.clock.now()
         stats = self.counters
         gaps: list[float] = []
         logprobs, finite = sampled.logprobs, sampled.finite
-        for index, (track, token) in enumerate(zip(tracks, sampled.tokens, strict=True)):
-            request, state = track.request, track.state
+        for track, index in zip(tracks, rows, strict=True):
+            request, state, token = track.request, track.state, sampled.tokens[index]
+            if request.status is Status.FINISHED:
+                continue
             times = request.token_times
             output = Output(request.seq, token)
             if finite is not None and not finite[index]:
@@ -554,6 +683,9 @@ class Engine:
         request = track.request
         seq = request.seq
         if request.status is Status.RUNNING:
+            if self._store is not None and reason is not FinishReason.ERROR:
+                names = self.pool.names(track.tokens[: request.computed + 1])
+                self._store.offer(names, self.cache, self.pool.table(seq))
             self.pool.free(seq)
             self._layout.close(track.slot)
             del self._running[seq]
@@ -565,6 +697,8 @@ class Engine:
                 if leader.followers and track in leader.followers:
                     leader.followers.remove(track)
         del self._tracks[seq]
+        if self._speculator is not None:
+            self._speculator.forget(seq)
         request.status = Status.FINISHED
         request.blocks = 0
         if track.followers:
@@ -614,9 +748,16 @@ class Engine:
         if self._tracks:
             raise EngineError(f"{len(self._tracks)} sequences live; reset an engine that is idle")
         self.counters = EngineStats()
+        if self._speculator is not None:
+            self._speculator.reset()
         self.records.clear()
         self.pool.forget_prefixes()
         self.pool.queries = self.pool.hits = 0
+
+    def close(self) -> None:
+        """Write what the KV store has taken; without one there is nothing to do."""
+        if self._store is not None:
+            self._store.close()
 
     # ---- looking in -----------------------------------------------------------------------------------------------
 
@@ -625,13 +766,23 @@ class Engine:
         snapshot = self.counters.snapshot()
         snapshot["counters"]["prefix_cache_queries"] = self.pool.queries
         snapshot["counters"]["prefix_cache_hits"] = self.pool.hits
+        if self._speculator is not None:
+            snapshot["counters"].update(self._speculator.stats.counters())
+        if self._store is not None:
+            snapshot["counters"].update(self._store.counters())
         snapshot["gauges"] = {
             "num_requests_running": self.num_running,
             "num_requests_waiting": self.num_waiting,
             "kv_cache_usage_perc": self.pool.usage,
             "kv_cache_blocks": self.pool.num_blocks,
+            "kv_cache_bytes_per_token": int(getattr(self.executor, "bytes_per_token", 0)),
         }
         return snapshot
+
+    @property
+    def speculation(self) -> SpeculationStats | None:
+        """What speculation did so far; None where nothing guesses."""
+        return None if self._speculator is None else self._speculator.stats
 
     def check_integrity(self) -> None:
         """Raise :class:`~hasten.errors.CacheError` or ``EngineError`` unless books, tables and sequences agree."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,14 +21,79 @@ from numpy.typing import NDArray
 from hasten.budget import SLO
 from hasten.errors import ConfigurationError, EngineError
 from hasten.serve.balance import Balancer, Load, RoundRobin
-from hasten.serve.batch import Observation, StepPlan
+from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_for
 from hasten.serve.cost import IterationCost
 from hasten.serve.metrics import Distribution, RequestRecord, ServingMetrics, summarise
 from hasten.serve.policy.base import Policy
+from hasten.serve.policy.speculation import DraftCost, SpeculationObservation, SpeculationPolicy
 from hasten.serve.request import Sequence, Status
 from hasten.serve.workload import RequestSpec
 
-__all__ = ["SimulatedEngine", "SimulationReport", "Simulator"]
+__all__ = ["SimulatedEngine", "SimulatedSpeculation", "SimulationReport", "Simulator"]
+
+
+@dataclass(frozen=True)
+class SimulatedSpeculation:
+    """Speculation for a simulated engine: the real policy and the real estimate, with acceptance drawn by chance.
+
+    The policy is not told ``alpha``; it learns it from what stands, as in the engine.
+    """
+
+    policy: SpeculationPolicy
+    """decides the lengths"""
+    alpha: Callable[[float], float]
+    """chance that a guess stands, by simulated time; guesses behind one that fell are not tested"""
+    cost: IterationCost
+    """what the policy believes a step to cost"""
+    draft: DraftCost = DraftCost()
+    """what guessing costs, in truth and in the policy's belief"""
+    seed: int = 0
+
+    def start(self) -> Guesser:
+        """State for one engine."""
+        return Guesser(self)
+
+
+class Guesser:
+    """What a simulated engine learns while it guesses."""
+
+    def __init__(self, plan: SimulatedSpeculation) -> None:
+        from hasten.serve.speculation import Acceptance
+
+        self.policy, self.draft = plan.policy, plan.draft
+        self.acceptance = Acceptance(getattr(plan.policy, "window", 100))
+        self._plan = plan
+        self._random = np.random.default_rng(plan.seed)
+        self._since = 0
+        self.now = 0.0
+
+    def lengths(
+        self, seqs: SequenceOf[int], contexts: SequenceOf[int], pieces: int, limits: SequenceOf[int]
+    ) -> list[int]:
+        """Guesses for each decode, with a probe now and then where none would be made."""
+        found = self.policy.decide(
+            SpeculationObservation(
+                [self.acceptance.alpha(s) for s in seqs], contexts, pieces, limits, cost=self._plan.cost,
+                draft=self.draft,
+            )  # fmt: skip
+        )
+        if any(found):
+            self._since = 0
+            return found
+        self._since += 1
+        if self._since >= getattr(self.policy, "probe_every", 1 << 60):
+            self._since = 0
+            return [min(1, limit) for limit in limits]
+        return found
+
+    def outcome(self, seq: int, proposed: int) -> int:
+        """How many of the guesses stand; the estimate learns it."""
+        alpha = self._plan.alpha(self.now)
+        stood = 0
+        while stood < proposed and self._random.random() < alpha:
+            stood += 1
+        self.acceptance.learn(seq, stood, proposed)
+        return stood
 
 
 @dataclass(frozen=True)
@@ -45,6 +110,8 @@ class SimulationReport:
     """what goodput is counted against"""
     peak_running: int = 0
     """most sequences that ran at once on one replica"""
+    guesses: list[tuple[float, int, int]] = field(default_factory=list)
+    """(begin, decodes, guesses) of each step with decodes, where speculation was simulated"""
 
     @cached_property
     def metrics(self) -> ServingMetrics:
@@ -95,6 +162,7 @@ class SimulatedEngine:
         block_size: int = 16,
         max_context: int | None = None,
         overhead: float = 0.0,
+        speculation: SimulatedSpeculation | None = None,
     ) -> None:
         if blocks < 1 or block_size < 1:
             raise ConfigurationError(
@@ -117,6 +185,9 @@ class SimulatedEngine:
         """when the step in progress ends; ``None`` when idle"""
         self._live: dict[int, Sequence] = {}
         self._plan = StepPlan()
+        self._guesser = None if speculation is None else speculation.start()
+        self.guesses: list[tuple[float, int, int]] = []
+        """(begin of the step, decodes, guesses) of each step with decodes, where speculation is simulated"""
         self._count = 0
 
     @property
@@ -163,6 +234,10 @@ class SimulatedEngine:
             self._preempt(plan.preempt)
         if not plan.chunks:
             return now if plan.preempt else None  # a step that only lets go takes no time
+        drafting = 0.0
+        if self._guesser is not None:
+            self._guesser.now = now
+            plan, drafting = self._guess(plan, self._guesser, now)
         size, free, live = self.block_size, self.free, self._live
         context = tokens = attention = gathered = 0
         admitted = 0
@@ -175,7 +250,7 @@ class SimulatedEngine:
                 seq.status = Status.RUNNING
                 self.running.append(seq)
                 admitted += 1
-            if begin != seq.computed or length < 1 or end > seq.known:
+            if begin != seq.computed or length < 1 or (end > seq.known and chunk.kind is not ChunkKind.VERIFY):
                 raise EngineError(
                     f"policy {self.policy.name} planned tokens {begin} to {end} of sequence {seq.seq}, which has "
                     f"computed {seq.computed} of {seq.known}"
@@ -187,7 +262,7 @@ class SimulatedEngine:
             context += begin
             tokens += length
             attention += length * (begin + end)
-            if length > 1:
+            if length > 1 and chunk.kind is not ChunkKind.VERIFY:
                 gathered += begin
         if free < 0:
             raise EngineError(f"policy {self.policy.name} planned {-free} cache blocks more than there are free")
@@ -200,7 +275,7 @@ class SimulatedEngine:
                 self.waiting[:] = [seq for seq in self.waiting if seq.status is not Status.RUNNING]
             if len(self.running) > self.peak_running:
                 self.peak_running = len(self.running)
-        seconds = self.cost.seconds(context, len(plan.chunks), tokens, attention, gathered) + self.overhead
+        seconds = self.cost.seconds(context, len(plan.chunks), tokens, attention, gathered) + self.overhead + drafting
         self.steps.append((now, seconds, tokens, len(plan.chunks)))
         self._plan = plan
         self.busy_until = now + seconds
@@ -216,6 +291,16 @@ class SimulatedEngine:
         for chunk in self._plan.chunks:
             seq = live[chunk.seq]
             computed = chunk.start + chunk.length
+            if chunk.kind is ChunkKind.VERIFY:
+                assert self._guesser is not None
+                stood = self._guesser.outcome(chunk.seq, chunk.length - 1)
+                computed = seq.known + stood
+                seq.token_times.extend([end] * stood)
+                seq.known = computed
+                held = blocks_for(computed + 1, self.block_size)
+                if seq.blocks > held:
+                    self.free += seq.blocks - held
+                    seq.blocks = held
             seq.computed = computed
             if computed == seq.known:
                 seq.known = computed + 1
@@ -229,6 +314,8 @@ class SimulatedEngine:
             self.free += seq.blocks
             seq.status = Status.FINISHED
             del live[seq.seq]
+            if self._guesser is not None:
+                self._guesser.acceptance.forget(seq.seq)
             record = self.records[seq.seq]
             record.first_scheduled = seq.first_scheduled
             record.output_tokens = len(seq.token_times)
@@ -237,6 +324,35 @@ class SimulatedEngine:
             finished.append(record)
         self.running[:] = [seq for seq in self.running if seq.status is Status.RUNNING]
         return finished
+
+    def _guess(self, plan: StepPlan, guesser: Guesser, now: float) -> tuple[StepPlan, float]:
+        """The plan with guesses for its decodes, and the seconds that drafting takes."""
+        size = self.block_size
+        decodes = [c for c in plan.chunks if c.length == 1 and self._live[c.seq].decoding and self._live[c.seq].blocks]
+        free = self.free - sum(
+            max(0, blocks_for(c.start + c.length, size) - self._live[c.seq].blocks) for c in plan.chunks
+        )
+        limits = []
+        for chunk in decodes:
+            seq = self._live[chunk.seq]
+            spare = max(0, seq.blocks * size - seq.known)
+            limit = max(0, min(seq.max_tokens - seq.generated - 1, spare + max(0, free) * size))
+            limit = min(limit, guesser.policy.max_length)
+            free -= blocks_for(max(0, limit - spare), size)
+            limits.append(limit)
+        if not decodes:
+            return plan, 0.0
+        pieces = plan.num_tokens - len(decodes)
+        lengths = guesser.lengths([c.seq for c in decodes], [c.start for c in decodes], pieces, limits)
+        self.guesses.append((now, len(decodes), sum(lengths)))
+        if not any(lengths):
+            return plan, 0.0
+        by_seq = {c.seq: k for c, k in zip(decodes, lengths, strict=True) if k}
+        chunks = tuple(
+            Chunk(c.seq, c.start, c.length + by_seq[c.seq], ChunkKind.VERIFY) if c.seq in by_seq else c
+            for c in plan.chunks
+        )
+        return StepPlan(chunks, plan.preempt), float(guesser.draft.seconds(max(lengths), sum(lengths)))
 
     def _preempt(self, numbers: SequenceOf[int]) -> None:
         for number in numbers:
@@ -294,6 +410,8 @@ class Simulator:
     """tokens of prompt and answer that one request may have; by default what the cache holds"""
     overhead: float = 0.0
     """seconds of every step outside the model"""
+    speculation: SimulatedSpeculation | None = None
+    """guesses of tokens; None for none"""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -329,6 +447,7 @@ class Simulator:
                 block_size=self.block_size,
                 max_context=self.max_context,
                 overhead=self.overhead,
+                speculation=self.speculation,
             )
             for _ in range(self.replicas)
         ]
@@ -378,4 +497,5 @@ class Simulator:
         rows = sorted((row for engine in engines for row in engine.steps), key=lambda row: row[0] + row[1])
         steps = np.array(rows, dtype=np.float64).reshape(-1, 4)
         peak = max(engine.peak_running for engine in engines)
-        return SimulationReport(records, now - first, steps, self.slo, peak)
+        guesses = [row for engine in engines for row in engine.guesses]
+        return SimulationReport(records, now - first, steps, self.slo, peak, guesses)

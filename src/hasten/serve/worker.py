@@ -75,6 +75,14 @@ class WorkerConfig:
     """whether equal prefixes share blocks"""
     seed: int | None = None
     """fixes what requests without a seed draw"""
+    speculate: str = "auto"
+    """who guesses tokens: auto, off, draft or ngram"""
+    draft: str | None = None
+    """folder or name of the model that guesses"""
+    kv_store: str | None = None
+    """folder in which prefixes are kept across restarts"""
+    kv_quality: float | None = 0.01
+    """share by which stored prefixes may raise the perplexity; None keeps exact numbers"""
     begin: float = 0.0
     """when the front started the process, on the monotonic clock that both share"""
 
@@ -147,6 +155,17 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         if "max_num_seqs" in known:  # more sequences than tokens of a step would starve
             knobs["max_num_seqs"] = min(knobs["max_num_seqs"], budget)
     policy = make(config.policy, **knobs)
+    from hasten.language.speculate.choose import choose
+
+    proposer = choose(model, config.speculate, config.draft)
+    store = None
+    if config.kv_store is not None:
+        from hasten.serve.kvstore import PrefixStore
+
+        store = PrefixStore.open(config.kv_store, model, quality=config.kv_quality)
+        ratio = store.codec.quality.get(store.level)
+        what = "exact" if store.level == 0 else f"level {store.level}, perplexity x {ratio:.4f}"
+        phase("kv-store", f"{config.kv_store}, {what}")
     engine = Engine(
         model,
         policy,
@@ -158,7 +177,11 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         seed=config.seed,
         max_records=1024,
         prefix_sharing=config.prefix_sharing,
+        proposer=proposer,
+        kv_store=store,
     )
+    if proposer is not None:
+        phase("speculate", f"{proposer.name}, as far as it pays")
     cache_bytes = getattr(executor, "bytes_per_token", 0) * engine.pool.num_blocks * config.block_size
     phase("cache", f"{engine.pool.num_blocks} blocks of {config.block_size} tokens, {cache_bytes / 2**20:.1f} MiB")
     _warm_up(engine)
@@ -281,6 +304,7 @@ class _Loop:
         except EngineDeadError:
             return  # the front is gone, and so are the users
         finally:
+            self._engine.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, message: tuple[Any, ...]) -> None:

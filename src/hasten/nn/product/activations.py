@@ -14,11 +14,12 @@ from numba import njit, prange
 
 from hasten.nn.bfloat import FAST, load
 
-__all__ = ["quantise_rows"]
+__all__ = ["quantise_row", "quantise_rows"]
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _row(line: Any, group: int, zero: int, q: Any, start: Any, scale: Any) -> None:
+def quantise_row(line: Any, group: int, zero: int, q: Any, start: Any, scale: Any) -> None:
+    """One row: line (in,), q (>= in,), start and scale (groups,); see :func:`quantise_rows`."""
     width = len(line)
     for number in range(len(scale)):
         low, high = number * group, min(number * group + group, width)
@@ -40,13 +41,13 @@ def _row(line: Any, group: int, zero: int, q: Any, start: Any, scale: Any) -> No
 def rows(x: Any, group: int, zero: int, q: Any, start: Any, scale: Any) -> None:
     """Every row of x (rows, in) uint16 or float32; q (rows, >= in) int8, start and scale (rows, groups)."""
     for row in range(len(x)):
-        _row(x[row], group, zero, q[row], start[row], scale[row])
+        quantise_row(x[row], group, zero, q[row], start[row], scale[row])
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _parallel(x: Any, group: int, zero: int, q: Any, start: Any, scale: Any) -> None:
     for row in prange(len(x)):
-        _row(x[row], group, zero, q[row], start[row], scale[row])
+        quantise_row(x[row], group, zero, q[row], start[row], scale[row])
 
 
 def quantise_rows(x: Any, width: int, group: int, zero: int) -> tuple[Any, Any, Any]:

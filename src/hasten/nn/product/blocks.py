@@ -35,19 +35,19 @@ def scaled(builder: Any, index: Any, factor: int) -> Any:
     return builder.mul(index, ir.Constant(_WORD, factor))
 
 
-def in_blocks(builder: Any, count: Any, emit: Callable[[int, Any], None]) -> None:
-    """Code that calls ``emit(rows, first row)`` for ``count`` rows: blocks of six, then the rest in one block."""
+def in_blocks(builder: Any, count: Any, emit: Callable[[int, Any], None], most: int = ROWS) -> None:
+    """Code that calls ``emit(rows, first row)`` for ``count`` rows: blocks of ``most``, then the rest in one block."""
     position = cgutils.alloca_once_value(builder, ir.Constant(_WORD, 0))
-    full = builder.sdiv(count, ir.Constant(_WORD, ROWS))
+    full = builder.sdiv(count, ir.Constant(_WORD, most))
     with cgutils.for_range(builder, full) as loop:
-        row = scaled(builder, loop.index, ROWS)
-        emit(ROWS, row)
-        builder.store(builder.add(row, ir.Constant(_WORD, ROWS)), position)
+        row = scaled(builder, loop.index, most)
+        emit(most, row)
+        builder.store(builder.add(row, ir.Constant(_WORD, most)), position)
     row = builder.load(position)
     rest = builder.sub(count, row)
     after = builder.append_basic_block("after.rows")
     switch = builder.switch(rest, after)
-    for rows in range(1, ROWS):
+    for rows in range(1, most):
         case = builder.append_basic_block(f"rows.{rows}")
         switch.add_case(ir.Constant(_WORD, rows), case)
         builder.position_at_end(case)

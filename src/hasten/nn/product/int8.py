@@ -100,7 +100,8 @@ def panels(
     """
     rows, width = out.shape
     parts = (rows + GROUP - 1) // GROUP
-    quads, groups = weights.shape[1], scales.shape[1]
+    quads = weights.shape[1]
+    groups = (quads + _QUADS - 1) // _QUADS
     sums = np.empty((min(rows, GROUP), PANEL), np.float32)
     base, x_base, x_stride, side = weights.ctypes.data, x.ctypes.data, x.strides[0], scales.strides[0]
     for item in range(first, last):

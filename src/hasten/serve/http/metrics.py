@@ -22,6 +22,16 @@ _HELP = {
     "num_preemptions": "Times that a running sequence lost its blocks.",
     "recomputed_tokens": "Tokens computed again after preemptions.",
     "engine_iterations": "Forward passes.",
+    "spec_decode_num_drafts": "Verifications of guessed tokens.",
+    "spec_decode_num_draft_tokens": "Guessed tokens that were verified.",
+    "spec_decode_num_accepted_tokens": "Guessed tokens that stood.",
+    "spec_decode_num_accepted_tokens_per_pos": "Guessed tokens that stood, by their place in the guess.",
+    "kv_store_hits": "Pieces of prefixes that the KV store gave.",
+    "kv_store_misses": "Pieces that were looked up and are not there.",
+    "kv_store_refused": "Pieces that were corrupt or foreign, and were computed again.",
+    "kv_store_written": "Pieces written.",
+    "kv_store_bytes_written": "Bytes of those.",
+    "kv_cache_bytes_per_token": "Bytes of keys and values that one token takes.",
     "request_success": "Requests that ended, by reason.",
     "request_retries": "Requests submitted again, to another replica, after their engine process had ended.",
     "engine_restarts": "Engine processes that ended unexpectedly.",
@@ -67,7 +77,10 @@ def render(snapshot: dict[str, Any] | None, front: dict[str, Any], *, prefix: st
             else:
                 lines.append(f"{full}{{{label}}} {value}")
         for name, value in part.get("counters", {}).items():
-            lines.append(f"{head(name, 'counter', name + '_total')}{{{label}}} {value}")
+            name, _, place = name.partition("/")
+            if not place or place == "0":
+                full = head(name, "counter", name + "_total")
+            lines.append(f"{full}{{{label}" + (f',position="{place}"' if place else "") + f"}} {value}")
         if "finished" in part:
             full = head("request_success", "counter", "request_success_total")
             lines += [f'{full}{{{label},finished_reason="{r}"}} {n}' for r, n in part["finished"].items()]

@@ -6,16 +6,28 @@ from hasten.serve.policy.prefill_first import PrefillFirst
 from hasten.serve.policy.registry import POLICIES, make
 from hasten.serve.policy.request_level import RequestLevel
 from hasten.serve.policy.sarathi import StallFree
+from hasten.serve.policy.speculation import (
+    DraftCost,
+    FixedSpeculation,
+    GoodputSpeculation,
+    SpeculationObservation,
+    SpeculationPolicy,
+)
 from hasten.serve.policy.splitfuse import SplitFuse
 from hasten.serve.policy.token_budget import DynamicChunk, TokenBudget
 
 __all__ = [
     "POLICIES",
+    "DraftCost",
     "DynamicChunk",
+    "FixedSpeculation",
+    "GoodputSpeculation",
     "Orca",
     "Policy",
     "PrefillFirst",
     "RequestLevel",
+    "SpeculationObservation",
+    "SpeculationPolicy",
     "SplitFuse",
     "StallFree",
     "TokenBudget",

@@ -1,0 +1,1 @@
+"""Decisions per input at run time."""

@@ -1,0 +1,187 @@
+"""All layers of a dense decoder in one call, for batches whose time is that of reading the weights.
+
+With few rows a layer's arithmetic is over in microseconds, and a dozen calls from Python cost more than a small
+model's whole step. Here the interpreter is left once per step: the layers are a table of addresses, each product is one
+parallel region over its panels, and what lies between the products is done by the thread that is there (few rows) or by
+rows. Every row is computed as if it were alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+from hasten.language.kernels_cpu import attend_pages, gate_row, place_token
+from hasten.nn.bfloat import FAST, store
+from hasten.nn.product.blocks import GROUP, PANEL
+from hasten.nn.product.dispatch import BF16, array_at, part, prepare_row
+
+__all__ = ["GATE_UP", "DOWN", "OUT", "QKV", "run_stack"]
+
+QKV, OUT, GATE_UP, DOWN = range(4)
+"""Order of a layer's matrices in the table."""
+_SERIAL = 3
+"""Rows up to which the work between products is not worth a parallel region."""
+
+
+@njit(cache=True, error_model="numpy")
+def _items(matrix: Any, rows: Any) -> Any:
+    return (matrix[1] + PANEL - 1) // PANEL * ((rows + GROUP - 1) // GROUP)
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _product(matrix: Any, inputs: Any, out: Any, threads: int) -> None:
+    items = _items(matrix, out.shape[0])
+    for thread in prange(threads):
+        part(matrix, inputs, out, items * thread // threads, items * (thread + 1) // threads)
+
+
+@njit(cache=True)
+def _multiply(matrix: Any, x: Any, inputs: Any, out: Any, threads: int) -> None:
+    inputs[0] = x.ctypes.data
+    _product(matrix, inputs, out, threads)
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _add_norm_row(residual: Any, x: Any, add: bool, weight: Any, eps: float, out: Any) -> None:
+    width = len(out)
+    total = np.float32(0.0)
+    if add:
+        for i in range(width):
+            value = residual[i] + x[i]
+            residual[i] = value
+            total += value * value
+    else:
+        for i in range(width):
+            total += residual[i] * residual[i]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
+    for i in range(width):
+        store(out, i, residual[i] * factor * weight[i])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _norms(
+    residual: Any, x: Any, add: bool, weight: Any, eps: float, h: Any, matrix: Any, q: Any, starts: Any, scales: Any
+) -> None:
+    """``residual += x``, its norm, and the norm in the form that ``matrix`` multiplies."""
+    rows = residual.shape[0]
+    if rows <= _SERIAL:
+        for row in range(rows):
+            _add_norm_row(residual[row], x[row], add, weight, eps, h[row])
+            prepare_row(matrix, h[row], q[row], starts[row], scales[row])
+    else:
+        for row in prange(rows):
+            _add_norm_row(residual[row], x[row], add, weight, eps, h[row])
+            prepare_row(matrix, h[row], q[row], starts[row], scales[row])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _gates(x: Any, gelu: bool, inner: Any, matrix: Any, q: Any, starts: Any, scales: Any) -> None:
+    rows = x.shape[0]
+    if rows <= _SERIAL:
+        for row in range(rows):
+            gate_row(x[row], gelu, inner[row])
+            prepare_row(matrix, inner[row], q[row], starts[row], scales[row])
+    else:
+        for row in prange(rows):
+            gate_row(x[row], gelu, inner[row])
+            prepare_row(matrix, inner[row], q[row], starts[row], scales[row])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _rows_for(x: Any, matrix: Any, q: Any, starts: Any, scales: Any) -> None:
+    if matrix[0] != BF16:
+        for row in prange(x.shape[0]):
+            prepare_row(matrix, x[row], q[row], starts[row], scales[row])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _places(
+    qkv: Any, positions: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int,
+    normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
+) -> None:  # fmt: skip
+    rows = qkv.shape[0]
+    if rows <= _SERIAL:
+        for row in range(rows):
+            place_token(qkv[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads, normed, q_norm,
+                        k_norm, eps, query[row])  # fmt: skip
+    else:
+        for row in prange(rows):
+            place_token(qkv[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads, normed, q_norm,
+                        k_norm, eps, query[row])  # fmt: skip
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _attention(
+    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
+    cuts: Any,
+) -> None:  # fmt: skip
+    if len(cuts) == 2:
+        attend_pages(query, chunk_of, positions, tables, keys, values, scale, window, out, cuts[0], cuts[1])
+    else:
+        for thread in prange(len(cuts) - 1):
+            attend_pages(query, chunk_of, positions, tables, keys, values, scale, window, out, cuts[thread],
+                         cuts[thread + 1])  # fmt: skip
+
+
+@njit(cache=True, error_model="numpy")
+def _run(
+    residual: Any, matrices: Any, norms: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, cos: Any, sin: Any,
+    local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any, positions: Any, tables: Any, cuts: Any,
+    wanted: Any, heads: int, normed: bool, scale: float, eps: float, gelu: bool, widest: int, threads: int, logits: Any,
+) -> None:  # fmt: skip
+    rows, hidden = residual.shape
+    width = keys.shape[4]
+    depth = matrices.shape[0]
+    h = np.empty((rows, hidden), np.uint16)
+    sums = np.empty((rows, hidden), np.float32)
+    qkv = np.empty((rows, matrices[0, QKV, 1]), np.float32)
+    query = np.empty((rows, heads, width), np.uint16)
+    attended = np.empty((rows, heads * width), np.uint16)
+    pair = np.empty((rows, matrices[0, GATE_UP, 1]), np.float32)
+    inner = np.empty((rows, matrices[0, DOWN, 2]), np.uint16)
+    q = np.empty((rows, widest), np.int8)
+    starts = np.empty((rows, (widest + 31) // 32), np.int32)
+    scales = np.empty((rows, (widest + 31) // 32), np.float32)
+    inputs = np.empty(5, np.int64)
+    inputs[1], inputs[2], inputs[3], inputs[4] = q.ctypes.data, starts.ctypes.data, scales.ctypes.data, widest
+    for layer in range(depth):
+        one = matrices[layer]
+        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], q, starts, scales)
+        _multiply(one[QKV], h, inputs, qkv, threads)
+        q_norm, k_norm = array_at(norms[layer, 2], width), array_at(norms[layer, 3], width)
+        if locals_[layer]:
+            _places(qkv, positions, chunk_of, tables, local_cos, local_sin, keys[layer], values[layer], heads, normed,
+                    q_norm, k_norm, eps, query)  # fmt: skip
+        else:
+            _places(qkv, positions, chunk_of, tables, cos, sin, keys[layer], values[layer], heads, normed, q_norm,
+                    k_norm, eps, query)  # fmt: skip
+        _attention(query, chunk_of, positions, tables, keys[layer], values[layer], scale, windows[layer], attended,
+                   cuts)  # fmt: skip
+        _rows_for(attended, one[OUT], q, starts, scales)
+        _multiply(one[OUT], attended, inputs, sums, threads)
+        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], q, starts, scales)
+        _multiply(one[GATE_UP], h, inputs, pair, threads)
+        _gates(pair, gelu, inner, one[DOWN], q, starts, scales)
+        _multiply(one[DOWN], inner, inputs, sums, threads)
+    count = len(wanted)
+    some, more = np.empty((count, hidden), np.float32), np.empty((count, hidden), np.float32)
+    for row in range(count):
+        some[row] = residual[wanted[row]]
+        more[row] = sums[wanted[row]]
+    final = np.empty((count, hidden), np.uint16)
+    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, q, starts, scales)
+    _multiply(head, final, inputs, logits, threads)
+
+
+def run_stack(*arguments: Any) -> None:
+    """One step; see :class:`hasten.language.stack.Stack`, which prepares what it takes."""
+    _run(*arguments)
+
+
+def threads() -> int:
+    """Threads of a parallel region."""
+    return int(numba.get_num_threads())

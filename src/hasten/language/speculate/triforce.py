@@ -1,0 +1,329 @@
+"""Two nested speculations for long contexts: the model with a part of its own cache drafts for itself with all of it.
+
+"TriForce: Lossless Acceleration of Long Sequence Generation with Hierarchical Speculative Decoding", Sun et al. 2024,
+arXiv:2404.11912. A small model with a sink cache drafts for the middle level (target weights, retrieved keys), which
+drafts for the target. Chunks of the prompt's keys are scored by the last prompt token's query against their mean.
+Each level emits tokens of exactly the law that it reports, so the output has the target's law.
+Differs from the public code in: an inner rejection samples the residual ``norm(max(p - q, 0))``, not ``p`` again (that
+is biased); the view is made anew after ``refresh`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hasten.errors import ConfigurationError
+from hasten.language.placement import Placement
+from hasten.language.ragged import RaggedBatch
+from hasten.language.speculate.law import Draw, chance
+from hasten.language.speculate.session import Session
+from hasten.language.speculate.verify import probabilities
+
+__all__ = ["RetrievalView", "TriForce", "draft_middle"]
+
+Law = NDArray[np.float64]
+
+
+def draft_middle(
+    small: Callable[[tuple[int, ...]], Law] | None,
+    middle: Callable[[tuple[int, ...], int | None], tuple[Law, Law | None]],
+    count: int,
+    draw: Draw,
+    *,
+    resample: str = "residual",
+) -> tuple[list[int], list[Law], int, int]:
+    """The inner speculation: up to ``count`` tokens, the law of each, guesses of the small model, and how many stood.
+
+    ``small(path)``: law after the tokens drafted so far. ``middle(path, guess)``: the middle level's law there and, in
+    the same pass, after the guess. ``resample="middle"`` is the biased rule of the public code, kept as a control.
+    """
+    tokens: list[int] = []
+    laws: list[Law] = []
+    guessed = stood = 0
+
+    def emit(token: int, law: Law) -> None:
+        tokens.append(token)
+        laws.append(law)
+
+    while len(tokens) < count:
+        path = tuple(tokens)
+        if small is None:
+            law, _ = middle(path, None)
+            emit(draw(law), law)
+            continue
+        q = small(path)
+        guess = draw(q)
+        law, after = middle(path, guess)
+        guessed += 1
+        if chance(draw, float(law[guess] / q[guess])):
+            stood += 1
+            emit(guess, law)
+            if len(tokens) < count and after is not None:
+                emit(draw(after), after)
+            continue
+        rest = np.maximum(law - q, 0.0)
+        mass = rest.sum()
+        emit(draw(law if resample == "middle" or mass <= 0 else rest / mass), law)
+    return tokens, laws, guessed, stood
+
+
+class RetrievalView:
+    """A copy of the keys and values that matter most, chosen per layer and key head; positions stay as they were.
+
+    ``budget`` slots hold whole chunks: the first, the last, and those whose mean key scores best against the query;
+    then come the tokens since the view was made. Contract: valid as long as the cache that it was copied from only
+    grows.
+    """
+
+    def __init__(self, executor: Any, budget: int, chunk: int, extra: int, choose: str = "query") -> None:
+        self.executor, self.budget, self.chunk, self.choose = executor, budget, chunk, choose
+        size = 16
+        blocks = -(-(budget + extra) // size)
+        self.cache = executor.new_cache(blocks, size)
+        self.table = list(range(blocks))
+        self.capacity = blocks * size
+        self.filled = 0
+        """slots in use"""
+        self.end = 0
+        """position of the next token"""
+        self.kept: list[Tensor] = []
+        """of each layer the chosen chunks (kv_heads, chunks), for inspection"""
+
+    def build(self, cache: Any, table: Sequence[int], length: int, queries: Sequence[Tensor]) -> None:
+        """Choose among the first ``length`` tokens of a paged cache; ``queries`` (heads, width) of each layer."""
+        chunk, whole = self.chunk, length // self.chunk
+        tail = length - whole * chunk
+        wanted = min(whole, (self.budget - tail) // chunk)
+        where = torch.tensor(list(table)[: -(-length // cache.block_size)])
+        self.kept = []
+        for layer, query in enumerate(queries):
+            keys, values = (self._line(half[layer], where)[:, :length] for half in (cache.keys, cache.values))
+            kv_heads, _, width = keys.shape
+            means = keys[:, : whole * chunk].float().view(kv_heads, whole, chunk, width).mean(2)
+            if self.choose == "query":
+                scores = torch.einsum("khw,kcw->kc", query.float().view(kv_heads, -1, width), means)
+            elif self.choose == "recent":
+                scores = torch.arange(whole, dtype=torch.float32).expand(kv_heads, whole).clone()
+            else:
+                scores = torch.rand(kv_heads, whole, generator=torch.Generator().manual_seed(layer))
+            scores[:, 0] = torch.inf
+            scores[:, -1] = torch.inf
+            best = scores.topk(wanted, dim=1).indices.sort(dim=1).values
+            self.kept.append(best)
+            slots = (best[..., None] * chunk + torch.arange(chunk)).view(kv_heads, -1)
+            slots = torch.cat([slots, torch.arange(whole * chunk, length).expand(kv_heads, tail)], 1)
+            for half, source in ((self.cache.keys, keys), (self.cache.values, values)):
+                some = source.gather(1, slots[..., None].expand(-1, -1, width))
+                self._write(half[layer], 0, some)
+        self.filled = wanted * chunk + tail
+        self.end = length
+
+    def extend(self, cache: Any, table: Sequence[int], begin: int, end: int) -> None:
+        """Copy the exact keys and values of tokens ``begin`` to ``end``, which the target has verified."""
+        if end <= begin:
+            return
+        where = torch.tensor(list(table)[: -(-end // cache.block_size)])
+        for half, source in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
+            for layer in range(half.shape[0]):
+                self._write(half[layer], self.filled, self._line(source[layer], where)[:, begin:end])
+        self.filled += end - begin
+        self.end = end
+
+    @staticmethod
+    def _line(half: Tensor, where: Tensor) -> Tensor:
+        """One layer of a paged cache as (kv_heads, tokens, width)."""
+        return half[where].transpose(0, 1).reshape(half.shape[1], -1, half.shape[3])
+
+    @staticmethod
+    def _write(half: Tensor, at: int, content: Tensor) -> None:
+        size = half.shape[2]
+        slots = torch.arange(at, at + content.shape[1])
+        half[slots // size, :, slots % size] = content.transpose(0, 1)
+
+    def law_rows(self, tokens: Sequence[int], ahead: int) -> Tensor:
+        """Logits of rows for ``tokens``, the first of which stands ``ahead`` tokens behind the view's end."""
+        slots = [self.filled + ahead + i for i in range(len(tokens))]
+        lines = [list(range(self.filled, s + 1)) for s in slots]
+        batch = RaggedBatch.build([(tokens, self.filled, self.table)], "all")
+        positions = torch.tensor([self.end + ahead + i for i in range(len(tokens))], dtype=torch.int32)
+        placed = RaggedBatch(
+            batch.tokens, positions, batch.starts, batch.contexts, batch.block_tables, batch.logit_rows,
+            Placement.of(slots, lines),
+        )  # fmt: skip
+        logits: Tensor = self.executor.step(placed, self.cache)
+        return logits
+
+
+class _Sinks:
+    """The small model over the first tokens and the most recent ones; positions count within the window."""
+
+    def __init__(self, executor: Any, sinks: int, window: int, room: int) -> None:
+        self.sinks, self.window = sinks, window
+        self.session = Session(executor, 2 * window + room + sinks)
+        self._line: list[int] = []
+        self._from = sinks  # where the window begins
+
+    def law(self, known: Sequence[int], path: Sequence[int]) -> Tensor:
+        """Logits after ``known + path``; what is computed already is not computed again."""
+        text, most = [*known, *path], self.sinks + 2 * self.window
+        if len(text) > most:
+            if len(text) - self._from > 2 * self.window:  # the window has slid far enough: encode its end anew
+                self._from = len(text) - self.window
+            text = text[: self.sinks] + text[self._from :]
+        same = 0
+        limit = min(len(text) - 1, self.session.done)
+        while same < limit and self._line[same] == text[same]:
+            same += 1
+        self.session.done = same
+        logits = self.session.feed(text[same:])
+        self._line = text
+        return logits
+
+
+class TriForce:
+    """A plan for :func:`~hasten.language.speculate.loop.generate`; holds the state of one answer at a time.
+
+    ``small`` None: two levels, the middle one drafts token by token.
+    """
+
+    def __init__(
+        self, small: Any = None, *, budget: int = 1024, chunk: int = 8, gamma: int = 6, sinks: int = 16,
+        window: int = 240, refresh: int | None = 256, choose: str = "query",
+    ) -> None:  # fmt: skip
+        """``budget`` tokens of retrieved cache in chunks of ``chunk``; ``gamma`` tokens drafted per target pass.
+
+        ``refresh``: tokens after which the view is made anew, None for never. ``choose``: query, recent or random
+        chunks, the last two for comparison. Raises :class:`~hasten.errors.ConfigurationError`.
+        """
+        if chunk < 1 or budget % chunk or budget < 4 * chunk:
+            raise ConfigurationError(f"a budget of {budget} tokens is no multiple of chunks of {chunk}; give one, ≥ 4")
+        if gamma < 1 or sinks < 0 or window < 8:
+            raise ConfigurationError(f"gamma {gamma} and window {window}: give at least 1 and 8")
+        if choose not in ("query", "recent", "random"):
+            raise ConfigurationError(f"choose is {choose!r}; query, recent and random are known")
+        self.small, self.budget, self.chunk, self.gamma = small, budget, chunk, gamma
+        self.sinks, self.window, self.refresh, self.choose = sinks, window, refresh, choose
+
+    @property
+    def name(self) -> str:
+        return f"triforce {self.budget}"
+
+    def begin(
+        self, target: Any, session: Session, prompt: Sequence[int], max_tokens: int, cut: dict[str, Any]
+    ) -> Tensor:
+        """Compute the prompt and build the view; logits after the prompt."""
+        executor = target.executor
+        if getattr(executor.config, "sliding_window", None) is not None:
+            raise ConfigurationError(
+                "the model attends through a sliding window already; a retrieval cache gains nothing"
+            )
+        self._executor, self._cut = executor, cut
+        extra = (self.refresh or max_tokens) + 2 * self.gamma + 8
+        self._view = RetrievalView(executor, self.budget, self.chunk, extra, self.choose)
+        self._whole = len(prompt) <= self.budget
+        self._small = None
+        if self.small is not None:
+            self._small = _Sinks(self.small.executor, self.sinks, self.window, self.gamma + 4)
+            if self._small.session.executor.max_context < self.sinks + 2 * self.window + self.gamma + 4:
+                raise ConfigurationError(
+                    f"the small model takes {self.small.executor.max_context} tokens, sinks and window need "
+                    f"{self.sinks + 2 * self.window + self.gamma + 4}; give a smaller window"
+                )
+        self._middle_passes = self._middle_bytes = self._guessed = self._stood = self._built = 0
+        if len(prompt) > 1:
+            session.feed(prompt[:-1])
+        logits = self.verify(session, [prompt[-1]])
+        self._tail: list[int] = []  # drafted tokens whose keys are in the view, behind its end
+        self._build(session)
+        return logits
+
+    def verify(self, session: Session, tokens: Sequence[int]) -> Tensor:
+        """A pass of the target over ``tokens`` behind ``session.done``; remembers the last row's queries."""
+        lines = [list(range(session.done, session.done + i + 1)) for i in range(len(tokens))]
+        slots = [line[-1] for line in lines]
+        batch = RaggedBatch.build([(tokens, session.done, session.table)], "all")
+        self._queries: list[Tensor] = []
+        placement = Placement.of(slots, lines, self._queries)
+        placed = RaggedBatch(
+            batch.tokens, batch.positions, batch.starts, batch.contexts, batch.block_tables, batch.logit_rows, placement
+        )
+        logits: Tensor = session.executor.step(placed, session.cache)
+        session._count(session.done, len(tokens))
+        self._row = 0
+        session.done += len(tokens)
+        return logits
+
+    def _build(self, session: Session) -> None:
+        queries = [q[self._row] for q in self._queries]
+        length = session.done
+        if not self._whole:
+            self._view.build(session.cache, session.table, length, queries)
+        self._built += 1
+        self._since = 0
+        self._tail = []
+
+    def draft(self, known: Sequence[int], draw: Draw, left: int) -> tuple[list[int], list[Law]]:
+        """Tokens behind ``known`` for the target to verify, with the law of each."""
+        count = min(self.gamma, left)
+        if self._whole or count < 1:
+            return [], []
+        base = list(known)
+        view, held = self._view, self._tail
+        held.clear()
+
+        def middle(path: tuple[int, ...], guess: int | None) -> tuple[Law, Law | None]:
+            text = [*base[view.end :], *path, *([] if guess is None else [guess])]
+            same = 0
+            need = len(text) - (2 if guess is not None else 1)
+            while same < min(len(held), need) and held[same] == text[same]:
+                same += 1
+            logits = view.law_rows(text[same:], same)
+            held[same:] = text[same:]
+            self._middle_passes += 1
+            rows = view.filled + len(text)
+            self._middle_bytes += self._executor.weight_bytes + rows * self._executor.bytes_per_token
+            laws = probabilities(logits[need - same :].numpy(), **self._cut)
+            return laws[0], laws[1] if guess is not None else None
+
+        def small(path: tuple[int, ...]) -> Law:
+            assert self._small is not None
+            return probabilities(self._small.law(base, path).numpy(), **self._cut)[0]
+
+        tokens, laws, guessed, stood = draft_middle(small if self._small else None, middle, count, draw)
+        self._guessed += guessed
+        self._stood += stood
+        return tokens, laws
+
+    def settle(self, session: Session, known: Sequence[int], stood: int) -> None:
+        """The target has computed ``known``, ``session.done`` tokens of it for good."""
+        if self._whole:
+            return
+        view = self._view
+        self._row = stood  # of the verified rows this one is the last that stands
+        grown = session.done - view.end
+        self._since += grown
+        if self.refresh is not None and self._since >= self.refresh:
+            self._build(session)
+        elif view.filled + grown + self.gamma + 2 > view.capacity:
+            self._build(session)
+        else:
+            view.extend(session.cache, session.table, view.end, session.done)
+
+    def report(self, out: Any) -> None:
+        """Add what the lower levels did to the answer's account."""
+        out.draft_calls = self._middle_passes
+        out.bytes_read += self._middle_bytes
+        small = self._small.session if self._small is not None else None
+        out.bytes_read += small.bytes_read if small is not None else 0
+        out.details = {
+            "inner_acceptance": self._stood / self._guessed if self._guessed else 0.0,
+            "middle_passes": float(self._middle_passes),
+            "small_passes": float(small.passes if small is not None else 0),
+            "views": float(self._built),
+        }

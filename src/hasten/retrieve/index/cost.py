@@ -1,0 +1,271 @@
+"""What an index of n rows takes: memory, disk, and the time of a query, with the error of the fit beside it.
+
+memory = heads (d b + 4 degree + 28), disk = rows in lists (d b + 8) + half a page per list,
+latency = head distances * t_head + ceil(lists / queue depth) t_read + bytes / bandwidth + rows scored * t_row.
+How many head distances, lists and copies a recall takes grows with log n; that growth is fitted to runs at several n and judged by
+leaving each run out. One run cannot be extrapolated and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hasten.budget import format_quantity
+from hasten.clock import Clock, MonotonicClock
+from hasten.errors import ConfigurationError
+from hasten.retrieve.index.build import BuildOptions
+from hasten.retrieve.index.hit import SearchOptions
+from hasten.retrieve.index.tune import measure_point, recall_of
+
+if TYPE_CHECKING:
+    from hasten.retrieve.index.spann import Spann
+
+__all__ = ["Cost", "Disk", "Fit", "Run", "cost", "cost_of_index", "fit_runs", "measure_runs"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured index."""
+
+    n: int
+    """rows"""
+    heads: int
+    """heads"""
+    copies: float
+    """mean lists of a row that is not a head"""
+    checks: float
+    """head distances per query at the recall"""
+    lists: float
+    """lists per query at the recall"""
+    scored: float
+    """rows scored per query at the recall"""
+    recall: float
+    """that the knobs reach"""
+    seconds: float
+    """per query, one thread, warm page cache"""
+    walk_seconds: float
+    """per query of the walk alone"""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk. The defaults are a common NVMe drive's data sheet; measure yours."""
+
+    read: float = 1e-4
+    """seconds of one small random read"""
+    bandwidth: float = 2e9
+    """bytes per second"""
+    queue_depth: int = 32
+    """reads under way at a time"""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``a + b ln n`` for each quantity, and how far off it is on a run that it has not seen."""
+
+    runs: tuple[Run, ...]
+    """what it was fitted to"""
+    coefficients: dict[str, tuple[float, float]]
+    """quantity -> (a, b)"""
+    errors: dict[str, float]
+    """quantity -> largest relative error when one run is left out"""
+    t_head: float
+    """seconds of one head distance"""
+    t_row: float
+    """seconds of one row scored"""
+
+    def at(self, name: str, n: float) -> float:
+        """The quantity at n."""
+        a, b = self.coefficients[name]
+        return max(1.0, a + b * float(np.log(n)))
+
+    @property
+    def error(self) -> float:
+        """The largest of all errors."""
+        return max(self.errors.values())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The prediction for one n."""
+
+    n: int
+    """rows"""
+    memory: float
+    """bytes: heads, graph, directory"""
+    disk: float
+    """bytes: lists"""
+    lists: float
+    """read per query"""
+    bytes: float
+    """read per query"""
+    warm: float
+    """seconds per query on one thread while the lists are in the page cache"""
+    cold: float
+    """seconds per query when every list comes from the disk"""
+    error: float
+    """largest relative error of the fit on a run left out; nan where nothing was fitted"""
+    error_latency: float
+    """relative error of the predicted warm time on the largest run, fitted without it; nan where nothing was fitted"""
+    low: float
+    """smallest n of the fit"""
+    high: float
+    """largest n of the fit; beyond it the prediction is an extrapolation"""
+
+    def to_json(self) -> dict[str, Any]:
+        """By name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        share = "no fit" if np.isnan(self.error) else f"fit error {self.error:.0%}, latency {self.error_latency:.0%}"
+        return (
+            f"{self.n:,} rows: {format_quantity(self.memory, 'bytes')} in memory, {format_quantity(self.disk, 'bytes')} on disk, "
+            f"{self.lists:.0f} lists per query, warm {format_quantity(self.warm, 'time')}, cold "
+            f"{format_quantity(self.cold, 'time')} (runs at {self.low:,.0f} to {self.high:,.0f} rows; {share})"
+        )
+
+
+_FITTED = ("checks", "lists", "copies", "scored")
+
+
+def _line(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    x = np.log([r.n for r in runs])
+    b, a = np.polyfit(x, [getattr(r, name) for r in runs], 1)
+    return float(a), float(b)
+
+
+def fit_runs(runs: Sequence[Run]) -> Fit:
+    """Fit at least three runs of different n."""
+    if len({r.n for r in runs}) < 3:
+        raise ConfigurationError(f"{len(runs)} runs at {len({r.n for r in runs})} sizes cannot be extrapolated; measure at least 3 sizes")
+    errors = {}
+    for name in _FITTED:
+        worst = 0.0
+        for i, run in enumerate(runs):
+            a, b = _line([r for j, r in enumerate(runs) if j != i], name)
+            actual = getattr(run, name)
+            worst = max(worst, abs(a + b * np.log(run.n) - actual) / actual)
+        errors[name] = float(worst)
+    head = float(np.median([r.walk_seconds / r.checks for r in runs]))
+    row = float(np.median([max(r.seconds - r.walk_seconds, 1e-9) / max(r.scored, 1.0) for r in runs]))
+    return Fit(tuple(runs), {n: _line(runs, n) for n in _FITTED}, errors, head, row)
+
+
+def cost(
+    n: int, d: int, b: int, ratio: float = 0.16, *, copies: float = 5.0, lists: float = 32.0, degree: int = 32,
+    fit: Fit | None = None, disk: Disk | None = None,
+) -> Cost:  # fmt: skip
+    """The model for ``n`` rows of ``d`` elements of ``b`` bytes, with a share ``ratio`` of heads.
+
+    Without a ``fit``, ``copies`` and ``lists`` are taken as given and no error is known (it is nan).
+
+    >>> told = cost(10**9, 128, 1, 0.12)
+    >>> round(told.memory / 1e9), round(told.disk / 1e12, 1)
+    (36, 0.6)
+    """
+    if n < 1 or d < 1 or b not in (1, 2, 4):
+        raise ConfigurationError(f"n={n}, d={d}, b={b} is no collection; b is 1, 2 or 4 bytes per element")
+    disk = disk or Disk()
+    heads = ratio * n
+    if fit is not None:
+        copies, lists = fit.at("copies", n), fit.at("lists", n)
+        checks, scored = fit.at("checks", n), fit.at("scored", n)
+    else:
+        checks, scored = 1024.0, lists * copies * (1 - ratio) / ratio
+    memory = heads * (d * b + 4.0 * degree + 24 + 20)
+    stored = (n - heads) * copies * (d * b + 8) + heads * 2048
+    size = scored * (d * b + 8) + lists * 2048
+    t_head, t_row = (fit.t_head, fit.t_row) if fit is not None else (2e-8, 1e-8)
+    warm = checks * t_head + scored * t_row
+    cold = warm + float(np.ceil(lists / disk.queue_depth)) * disk.read + size / disk.bandwidth
+    error = latency = float("nan")
+    low = high = float(n)
+    if fit is not None:
+        error = fit.error
+        low, high = float(min(r.n for r in fit.runs)), float(max(r.n for r in fit.runs))
+        largest = max(fit.runs, key=lambda r: r.n)
+        others = [r for r in fit.runs if r is not largest]
+        if len({r.n for r in others}) >= 2:
+            head = float(np.median([r.walk_seconds / r.checks for r in others]))
+            row = float(np.median([max(r.seconds - r.walk_seconds, 1e-9) / max(r.scored, 1.0) for r in others]))
+            terms = {}
+            for name in ("checks", "scored"):
+                a0, b0 = _line(others, name)
+                terms[name] = max(1.0, a0 + b0 * float(np.log(largest.n)))
+            predicted = terms["checks"] * head + terms["scored"] * row
+            latency = abs(predicted - largest.seconds) / largest.seconds
+    return Cost(n, memory, stored, lists, size, warm, cold, error, latency, low, high)
+
+
+def measure_runs(
+    vectors: Any, queries: Any, sizes: Sequence[int], *, recall: float = 0.95, k: int = 10, options: BuildOptions | None = None,
+    folder: str | os.PathLike[str] | None = None, clock: Clock | None = None, progress: Any = None,
+) -> list[Run]:  # fmt: skip
+    """Build the first n rows for each size, and measure the cheapest knobs of a ladder that reach ``recall``."""
+    from hasten.retrieve.index.spann import Spann
+
+    runs = []
+    options = options or BuildOptions()
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for i, n in enumerate(sizes):
+            index = Spann.build(np.asarray(vectors[:n]), Path(place) / f"{n}.spann", **options.to_json())
+            index._clock = clock or MonotonicClock()
+            try:
+                runs.append(measure_run(index, np.asarray(queries), recall, k))
+            finally:
+                index.close()
+            if progress is not None:
+                progress(f"run at {n} rows", (i + 1) / len(sizes))
+    return runs
+
+
+def measure_run(index: Spann, queries: Any, recall: float = 0.95, k: int = 10) -> Run:
+    """Knobs of a fine ladder at beam = 2.5 lists, so that runs of different n can be compared."""
+    truth = index.exact(queries, k).ids
+    point, chosen = None, None
+    for lists in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)):
+        options = SearchOptions(lists=lists, beam=max(16, lists * 5 // 2), epsilon=1e15 - 1)
+        hit = index.search(queries, k, options=options, detail=False)
+        if recall_of(hit.ids, truth, k) >= recall:
+            chosen = options
+            break
+    chosen = chosen or options
+    point = measure_point(index, queries, truth, k, chosen)
+    walk = measure_point(index, queries, truth, k, chosen.with_(lists=0))
+    built = index._view.generation.manifest.parameters["built"]
+    return Run(
+        built["rows"], built["heads"], max(built["replicas"], 1e-9), walk.distances, max(point.lists, 1.0),
+        point.distances - walk.distances, point.recall, point.seconds, min(walk.seconds, point.seconds),
+    )  # fmt: skip
+
+
+def cost_of_index(
+    index: Spann, n: int, *, queries: Any = None, recall: float = 0.95, sizes: Sequence[int] | None = None, disk: Disk | None = None
+) -> Cost:
+    """Fit the model to parts of this index (a quarter, a half … of its rows, at most 200 000) and predict ``n`` rows of the kind."""
+    view = index._view
+    m = view.generation.manifest
+    live = np.flatnonzero(np.asarray(view.generation.location) >= 0)
+    if len(live) < 4000:
+        raise ConfigurationError(f"the index has {len(live)} rows; a fit needs at least 4000, so use hasten.retrieve.cost(n, d, b)")
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(live)
+    held = min(200, len(rows) // 20)
+    if queries is None:  # rows that the parts do not hold
+        queries = index._take(rows[:held])
+    largest = min(len(rows) - held, 200_000)
+    sizes = sizes or [largest // 16, largest // 8, largest // 4, largest // 2, largest]
+    stored = BuildOptions(**m.parameters["options"])
+    runs = measure_runs(
+        index._take(rows[held : held + max(sizes)]), queries, sizes, recall=recall, options=stored, clock=index._clock
+    )
+    return cost(
+        n, m.width, index.dtype.itemsize, stored.head_ratio, degree=stored.degree, fit=fit_runs(runs), disk=disk
+    )

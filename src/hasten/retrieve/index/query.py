@@ -1,0 +1,314 @@
+"""Searching one opened generation: prepare queries, call the kernels on as many threads as wanted, translate the answer.
+
+With ``io="mmap"`` a batch is one call without the GIL per thread. With ``pread`` or ``direct``, or a deadline, each query plans its lists,
+merges them into reads, and scores each read as it arrives while the others are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.clock import Clock
+from hasten.errors import InvalidRequestError
+from hasten.retrieve.index import scan
+from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation, bytes_of_list
+from hasten.retrieve.index.graph import walk_many
+from hasten.retrieve.index.hit import SearchOptions, SearchStats
+from hasten.retrieve.index.io import PAGE, Read, Reader, merge_reads
+from hasten.retrieve.index.metric import COSINE, L2, prepare
+
+__all__ = ["MappedReader", "View", "plan", "row_addresses", "run", "run_rows", "run_within"]
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a search sees: one generation, the rows added since, the rows deleted since. Immutable."""
+
+    generation: Generation
+    delta: tuple[Any, ...]
+    """rows, factors, alive, first, entry rows, entry next, base; see ``delta``"""
+    dead: NDArray[np.uint8]
+    """bitmap over the generation's rows; empty: none"""
+    floor: float
+    """least squared distance to the nearest head that pruning assumes, so that a query equal to a head keeps its neighbours"""
+    heads: tuple[Any, ...]
+    """what the kernels take for the heads"""
+    lists: tuple[Any, ...]
+    """what the kernels take for the lists"""
+
+    @classmethod
+    def of(cls, generation: Generation, delta: tuple[Any, ...], dead: NDArray[np.uint8], floor: float) -> View:
+        """From a generation."""
+        g = generation
+        return cls(
+            g, delta, dead, floor, (g.heads, g.extra, g.graph, g.seeds, g.head_rows), (g.addresses, g.counts, g.radii)
+        )
+
+
+class MappedReader:
+    """Ranges of the mapped segments, nearest list first; what a deadline cuts off is left out."""
+
+    def __init__(self, segments: tuple[NDArray[np.uint8], ...]) -> None:
+        self._segments = segments
+
+    def fetch(
+        self, reads: list[Read], clock: Clock, deadline: float | None
+    ) -> Iterator[tuple[Read, NDArray[np.uint8]]]:
+        """Yield (range, bytes) while there is time."""
+        for read in sorted(reads, key=lambda r: min(r.parts)):
+            if deadline is not None and clock.now() >= deadline:
+                return
+            yield read, self._segments[read.file][read.offset : read.offset + read.size]
+
+    def close(self) -> None:
+        """The map belongs to the generation."""
+
+
+class Scratch:
+    """Working memory of the threads, kept between calls; a free one is taken, and made where there is none."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, int], list[Any]] = {}
+
+    def take(self, heads: int, beam: int) -> Any:
+        """One for this many heads and this beam."""
+        free = self._free.setdefault((heads, beam), [])
+        try:
+            return free.pop()
+        except IndexError:
+            return scan.scratch(heads, beam)
+
+    def give(self, heads: int, beam: int, scratch: Any) -> None:
+        """Put it back."""
+        self._free.setdefault((heads, beam), []).append(scratch)
+
+    def clear(self) -> None:
+        """Forget all, such as after the number of heads has changed."""
+        self._free = {}
+
+
+def knobs_of(view: View, options: SearchOptions, *, filtered: bool) -> tuple[int, float, float, int, int, int]:
+    """What the kernels take."""
+    heads = len(view.generation.counts)
+    if options.lists is None:
+        return (-1, 0.0, 0.0, 1, 1, 0)
+    beam = options.walk_beam
+    if filtered:
+        beam = max(beam, options.filtered_lists)
+    ratio = min((1.0 + options.epsilon) ** 2, 1e30)
+    return (options.lists, ratio, view.floor, min(beam, heads), options.max_check, int(options.radius_rule))
+
+
+def check_queries(queries: Any, width: int) -> NDArray[Any]:
+    """Queries as (Q, d); raises InvalidRequestError naming the field at fault."""
+    array = np.asarray(queries)
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.shape[1] != width:
+        raise InvalidRequestError(f"queries have the shape {array.shape}; this index takes (count, {width})", "queries")
+    if array.dtype.kind not in "fiu":
+        raise InvalidRequestError(f"queries are {array.dtype}; give numbers", "queries")
+    if array.dtype.kind == "f" and not np.isfinite(array.sum()) and not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array).all(1))[0])
+        raise InvalidRequestError(f"query {bad} holds NaN or infinity; replace its values", "queries")
+    return array
+
+
+def run(
+    view: View, queries: NDArray[Any], k: int, options: SearchOptions, mask: NDArray[np.uint8], scratch: Scratch,
+    *, pool: ThreadPoolExecutor | None = None, threads: int = 1, detail: bool = True,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:  # fmt: skip
+    """Values and row numbers (Q, k), straight from the map."""
+    g = view.generation
+    count = len(queries)
+    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
+    values = np.empty((count, k), np.float32)
+    rows = np.empty((count, k), np.int64)
+    told = np.zeros((count, 5), np.int64)
+    filtered = len(mask) > 0
+    knobs = knobs_of(view, options, filtered=filtered)
+    heads, beam = len(g.counts), knobs[3]
+
+    def part(begin: int, end: int) -> None:
+        own = scratch.take(heads, beam)
+        scan.search(
+            prepared[begin:end], consts[begin:end], g.metric, view.heads, view.lists, view.delta, view.dead, mask, knobs,
+            options.filtered_lists, k, own, values[begin:end], rows[begin:end], told[begin:end], detail,
+        )  # fmt: skip
+        scratch.give(heads, beam, own)
+
+    if threads <= 1 or count < 2 or pool is None:
+        part(0, count)
+    else:
+        cuts = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int)
+        list(pool.map(part, cuts[:-1], cuts[1:]))
+    stats = SearchStats(
+        told[:, scan.LISTS], told[:, scan.RUNS], told[:, scan.PAGES] * PAGE, told[:, scan.CHECKS] + told[:, scan.CANDIDATES],
+        np.ones(count, np.bool_),
+    )  # fmt: skip
+    return values, rows, stats
+
+
+def plan(
+    view: View, query: NDArray[np.float32], const: NDArray[np.float32], knobs: tuple[Any, ...], scratch: tuple[Any, ...]
+) -> tuple[NDArray[np.int64], int]:
+    """(lists that a query reads, nearest head first; distances computed): the pruning rule as the kernel has it."""
+    g = view.generation
+    limit, ratio, floor, beam, max_check, _ = knobs
+    stamps, epoch, pool_d, pool_i, _ = scratch
+    size, checks = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    walk_many(
+        query, const, np.zeros(1, np.float32), g.heads, g.extra, g.graph, g.seeds, g.metric, beam, max_check, stamps, epoch,
+        pool_d[None], pool_i[None], size, checks,
+    )  # fmt: skip
+    near, found = pool_i[: size[0]].astype(np.int64), pool_d[: size[0]]
+    kept = near[(found <= np.float32(ratio) * max(found[0], np.float32(floor))) & (g.counts[near] > 0)] if size[0] else near
+    return kept[:limit], int(checks[0])
+
+
+def run_read(
+    view: View, queries: NDArray[Any], k: int, options: SearchOptions, mask: NDArray[np.uint8], scratch: Scratch,
+    reader: Reader, clock: Clock, deadline: float | None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:  # fmt: skip
+    """The same through a reader: each read is scored while the others are under way; ``deadline`` seconds per query."""
+    g = view.generation
+    count = len(queries)
+    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
+    values = np.full((count, k), np.inf, np.float32)
+    rows = np.full((count, k), -1, np.int64)
+    cost = np.zeros((count, 4), np.int64)
+    complete = np.ones(count, np.bool_)
+    filtered = len(mask) > 0
+    knobs = knobs_of(view, options, filtered=filtered)
+    wanted = options.lists
+    if filtered and wanted is not None:
+        knobs = (max(wanted, options.filtered_lists), *knobs[1:])
+    everything = wanted is None
+    if everything:  # the walk is skipped: all lists
+        knobs = (len(g.counts), 1e30, 0.0, 1, 1, 0)
+    own = scratch.take(len(g.counts), knobs[3])
+    for q in range(count):
+        until = None if deadline is None else clock.now() + deadline
+        if everything:
+            scan.search(
+                prepared[q : q + 1], consts[q : q + 1], g.metric, view.heads,
+                (g.addresses, np.zeros_like(g.counts), g.radii), view.delta, view.dead, mask, (-1, 0.0, 0.0, 1, 1, 0), 0, k,
+                own, values[q : q + 1], rows[q : q + 1], np.zeros((1, 5), np.int64), False,
+            )  # fmt: skip
+            chosen = np.flatnonzero(g.counts > 0)
+            checks = len(g.counts)
+        else:  # heads and the rows in memory, no list
+            scan.search(
+                prepared[q : q + 1], consts[q : q + 1], g.metric, view.heads,
+                (g.addresses, np.zeros_like(g.counts), g.radii), view.delta, view.dead, mask, knobs, knobs[0], k, own,
+                values[q : q + 1], rows[q : q + 1], np.zeros((1, 5), np.int64), False,
+            )  # fmt: skip
+            chosen, checks = plan(view, prepared[q : q + 1], consts[q : q + 1], knobs, own)
+        found = int(np.count_nonzero(rows[q] >= 0))
+        entry = g.directory[chosen]
+        reads = merge_reads(entry["segment"], entry["offset"], entry["bytes"])
+        missing = len(reads)
+        for read, data in reader.fetch(reads, clock, until):
+            missing -= 1
+            parts = np.array(read.parts)
+            addresses = data.ctypes.data + entry["offset"][parts].astype(np.int64) - read.offset
+            found = scan.scan_lists(
+                g.heads, g.metric, prepared[q].ctypes.data, consts[q], addresses, g.counts[chosen[parts]], values[q], rows[q],
+                found, k, view.dead, mask,
+            )  # fmt: skip
+            cost[q] += (len(parts), 1, read.size, int(entry["count"][parts].sum()))
+        cost[q, 3] += checks
+        complete[q] = missing == 0
+    scratch.give(len(g.counts), knobs[3], own)
+    return values, rows, SearchStats(cost[:, 0], cost[:, 1], cost[:, 2], cost[:, 3], complete)
+
+
+def row_addresses(view: View, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(addresses of the vectors, addresses of the factors) of live rows, wherever they lie."""
+    g = view.generation
+    base = g.manifest.rows
+    place = np.empty(len(rows), np.int64)
+    factor = np.zeros(len(rows), np.int64)
+    old = rows < base
+    where = g.location[rows[old]]
+    head = (where & HEAD_BIT) != 0
+    lists = np.where(head, 0, where >> SLOT_BITS)
+    slot = where & ((1 << SLOT_BITS) - 1)
+    number = np.where(head, where & ~HEAD_BIT, 0)
+    place[old] = np.where(
+        head, g.heads.ctypes.data + number * g.row_bytes, g.addresses[lists] + slot * g.row_bytes
+    )  # fmt: skip
+    if g.metric == COSINE:
+        begin = (g.addresses[lists] + g.counts[lists].astype(np.int64) * g.row_bytes + 3) // 4 * 4
+        factor[old] = np.where(head, g.extra.ctypes.data + 4 * number, begin + 4 * slot)
+    added, factors = view.delta[0], view.delta[1]
+    place[~old] = added.ctypes.data + (rows[~old] - base) * g.row_bytes
+    if g.metric == COSINE:
+        factor[~old] = factors.ctypes.data + 4 * (rows[~old] - base)
+    return place, factor
+
+
+def run_rows(
+    view: View, queries: NDArray[Any], k: int, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:
+    """Score the live ``rows`` one by one: exact, and cheap where they are few."""
+    g = view.generation
+    count = len(queries)
+    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
+    places, factors = row_addresses(view, rows)
+    values = np.full((count, k), np.inf, np.float32)
+    out = np.full((count, k), -1, np.int64)
+    for q in range(count):
+        scan.score_rows(
+            g.heads, g.metric, prepared[q].ctypes.data, consts[q], places, factors, rows, k, values[q], out[q]
+        )
+    size = np.full(count, len(rows), np.int64)
+    pages = size * (-(-g.row_bytes // PAGE)) * PAGE
+    none = np.zeros(count, np.int64)
+    return values, out, SearchStats(none, size, pages, size, np.ones(count, np.bool_))
+
+
+def run_within(
+    view: View, queries: NDArray[Any], radius: float, mask: NDArray[np.uint8], total: int
+) -> tuple[NDArray[np.int64], list[NDArray[np.float32]], list[NDArray[np.int64]], NDArray[np.int64]]:
+    """Every row within ``radius`` (L2 distance, 1 - cosine, or minus the inner product): counts, values, rows, lists read."""
+    g = view.generation
+    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
+    counts, lists = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
+    values, rows = [], []
+    size = 1024
+    for q in range(len(queries)):
+        if g.metric == L2:
+            square = float(radius) ** 2 if radius >= 0 else -1.0
+        elif g.metric == COSINE:
+            square = 2.0 * radius
+        else:
+            square = float(consts[q]) + 2.0 * radius
+        reach = float(np.sqrt(max(square, 0.0)))
+        while True:
+            out_d, out_r = np.empty(size, np.float32), np.empty(size, np.int64)
+            found, read = scan.within(
+                prepared, consts, q, g.metric, view.heads, view.lists, view.delta, view.dead, mask, np.float32(reach),
+                np.float32(square), out_d, out_r, np.zeros(total // 8 + 1, np.uint8),
+            )  # fmt: skip
+            if found <= size:
+                break
+            size = int(found)
+        order = np.lexsort((out_r[:found], out_d[:found]))
+        counts[q], lists[q] = found, read
+        values.append(out_d[:found][order])
+        rows.append(out_r[:found][order])
+    return counts, values, rows, lists
+
+
+def list_sizes(generation: Generation) -> NDArray[np.int64]:
+    """Bytes of every list, padded to pages."""
+    return -(-bytes_of_list(generation.counts.astype(np.int64), generation.row_bytes, generation.metric) // PAGE) * PAGE

@@ -1,0 +1,35 @@
+"""Spiking networks: neurons, encodings, fewer timesteps, learned delays, exits on confidence, glia.
+
+>>> import torch
+>>> from hasten.spiking import LIF
+>>> LIF(decay=0.9)(torch.full((4, 1), 0.6)).flatten().tolist()
+[0.0, 1.0, 0.0, 1.0]
+"""
+
+from hasten.spiking.astrocyte import AstroConfig, AstroLM, AstroStream
+from hasten.spiking.cochlea import Cochlea, CochleaStream, cochleagram
+from hasten.spiking.confidence import ConfidenceExit, Decision, Exit, Observation, Run, run_until
+from hasten.spiking.convert import QuantisedClip, quantised, to_spiking
+from hasten.spiking.cost import spiking_cost
+from hasten.spiking.delay import DelayConfig, DelayLinear, DelayNet, DelayStream, DiscreteDelayLinear
+from hasten.spiking.delay_line import DelayLine
+from hasten.spiking.events import SpikeLinear
+from hasten.spiking.exchange import from_nir, to_nir
+from hasten.spiking.fit import Fitting, accuracy, fit
+from hasten.spiking.layers import IF, LIF, PLIF, Adaptive, Alpha, Leak, Neuron, Synaptic, constrain
+from hasten.spiking.network import OneStep, SpikingNetwork
+from hasten.spiking.neuron import LIFParameters, decay_of, if_step, lif_step
+from hasten.spiking.recogniser import Heard, Recogniser, load_recogniser
+from hasten.spiking.scan import lif_scan
+from hasten.spiking.surrogate import SURROGATES, Surrogate, spike
+from hasten.spiking.timesteps import SpikeVanishing, Stage, TimestepReduction, Timesteps
+
+__all__ = [
+    "IF", "LIF", "PLIF", "SURROGATES", "Adaptive", "Alpha", "AstroConfig", "AstroLM", "AstroStream", "Cochlea",
+    "CochleaStream", "ConfidenceExit", "Decision", "DelayConfig", "DelayLine", "DelayLinear", "DelayNet", "DelayStream",
+    "DiscreteDelayLinear", "Exit", "Fitting", "Heard", "LIFParameters", "Leak", "Neuron", "Observation", "OneStep",
+    "QuantisedClip", "Recogniser", "Run", "SpikeLinear", "SpikeVanishing", "SpikingNetwork", "Stage", "Surrogate",
+    "Synaptic", "TimestepReduction", "Timesteps", "accuracy", "cochleagram", "constrain", "decay_of", "fit", "from_nir",
+    "if_step", "lif_scan", "lif_step", "load_recogniser", "quantised", "run_until", "spike", "spiking_cost", "to_nir",
+    "to_spiking",
+]  # fmt: skip

@@ -1,0 +1,95 @@
+"""The recogniser as a stream, on an untrained network: when it decides does not depend on the chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hasten.errors import DataError
+from hasten.spiking import Cochlea, DelayConfig, DelayNet, Recogniser, load_recogniser
+from hasten.spiking.recogniser import RecogniserConfig
+from hasten.testing import StreamKit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sound() -> torch.Tensor:
+    """Two bursts with silence around them, 1.6 s."""
+    t = torch.arange(12800) / 8000
+    on = ((t > 0.2) & (t < 0.5)) | ((t > 1.0) & (t < 1.2))
+    return 0.4 * on * torch.sin(2 * torch.pi * (300 + 600 * t) * t)
+
+
+def recogniser(theta: float = 0.99) -> Recogniser:
+    torch.manual_seed(0)
+    ear = Cochlea(channels=16)
+    net = DelayNet(DelayConfig(ear.lines, (12,), 10, 0.1, ear.step, threshold=0.1))
+    return Recogniser(net, ear, RecogniserConfig(theta=theta))
+
+
+class TestStream(StreamKit):
+    def stream(self) -> Recogniser:
+        return recogniser()
+
+    def input(self) -> torch.Tensor:
+        return sound()
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.99])
+def test_each_burst_is_one_word(theta: float) -> None:
+    words = recogniser(theta).push(sound())
+    words += recogniser(theta).flush()
+    assert len(words) == 2
+    assert [w.begin for w in words] == pytest.approx([0.19, 0.99], abs=0.03)
+    assert all(0 < w.confidence <= 1 and 0 <= w.digit <= 9 for w in words)
+    if theta == 0.0:
+        assert all(w.latency == pytest.approx(0.1, abs=0.011) for w in words)  # at the earliest step allowed
+    else:
+        assert all(w.latency > 0.3 for w in words)  # at the silence
+
+
+def test_the_end_of_the_sound_decides_an_open_word() -> None:
+    subject = recogniser()
+    assert not subject.push(sound()[:3000])
+    (word,) = subject.flush()
+    assert word.begin < word.decided <= 3000 / 8000
+    size = subject.state_bytes
+    subject.reset()
+    subject.push(sound())
+    assert subject.state_bytes == size
+
+
+def recordings(path: Path) -> None:
+    """Words whose digit is their pitch."""
+    rng, parts, label, take = np.random.default_rng(0), [], [], []
+    t = np.arange(2400) / 8000
+    for number in range(11):
+        for digit in range(10):
+            tone = np.sin(2 * np.pi * (200 + 300 * digit) * t) * np.exp(-6 * t) * (t > 0.02)
+            parts.append((8000 * (tone + 0.01 * rng.standard_normal(2400))).astype(np.int16))
+            label.append(digit)
+            take.append(number)
+    offsets = np.cumsum([0, *(len(p) for p in parts)])
+    np.savez(path, audio=np.concatenate(parts), offsets=offsets, label=np.array(label), take=np.array(take))
+
+
+@pytest.mark.slow
+def test_training_once(tmp_path: Path) -> None:
+    recordings(tmp_path / "words.npz")
+    told: list[float] = []
+    subject, figures = load_recogniser(
+        tmp_path / "words.npz", epochs=2, folder=tmp_path / "cache", progress=lambda stage, share: told.append(share)
+    )
+    assert told
+    assert 0 <= figures["accuracy"] <= 1
+    again, same = load_recogniser(tmp_path / "words.npz", epochs=2, folder=tmp_path / "cache")
+    assert same == figures
+    assert [w.digit for w in again.push(sound())] == [w.digit for w in subject.push(sound())]
+
+
+def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fsdd_8k"):
+        load_recogniser(tmp_path / "nothing.npz")
