@@ -106,7 +106,7 @@ def test_the_tighter_of_itl_and_tpot_decides():
 def test_an_impossible_limit_says_so_and_no_limit_takes_the_largest():
     choice = OPT.budget_for(SLO(tbt="10ms"))
     assert not choice.feasible
-    assert choice.token_budget == 1
+    assert choice.token_budget == 64  # with fewer some sequences would starve
     assert "relax" in choice.why
     assert OPT.budget_for(SLO(ttft="1s"), max_budget=2048).token_budget == 2048
 

@@ -1,4 +1,4 @@
-"""Speculation in the engine: never another token, whatever is guessed, under batching, preemption and shared prefixes."""
+"""Speculation in the engine: never another token, under batching, preemption and shared prefixes."""
 
 import random
 

@@ -71,8 +71,8 @@ def decode(
     if backend == "triton":
         from hasten.language.lean_triton import decode as on_gpu
 
-        place = {"device": query.device, "dtype": torch.int32}
-        out, logs = on_gpu(query, pages, contents, tables.to(**place), torch.tensor(list(lengths), **place),  # type: ignore[call-overload]
+        place: Any = {"device": query.device, "dtype": torch.int32}
+        out, logs = on_gpu(query, pages, contents, tables.to(**place), torch.tensor(list(lengths), **place),
                            scale=scale, grid=grid)  # fmt: skip
     elif backend in ("reference", "sdpa"):
         out, logs = _padded(query, pages, contents, tables, lengths, scale, plain=backend == "reference")
@@ -134,7 +134,7 @@ def _on_cpu(
         plan = lean.Plan.of_pieces(contexts, kv_heads, tile, 1)
     elif backend == "flash-decoding":
         plan = lean.Plan.of_pieces(contexts, kv_heads, tile, threads)
-    form = (lambda x: x.view(torch.uint16).numpy()) if pages.dtype == torch.bfloat16 else (lambda x: x.numpy())
+    form: Any = (lambda x: x.view(torch.uint16).numpy()) if pages.dtype == torch.bfloat16 else (lambda x: x.numpy())
     nothing = np.zeros(batch + 1, np.int32)
     out, logs = lean.attend(
         query.contiguous(), np.arange(batch + 1, dtype=np.int32), contexts,

@@ -129,7 +129,7 @@ def write_cache(cache: Any, table: Sequence[int], kv: KeysValues) -> None:
 
 
 def perplexity(model: Any, tokens: Sequence[int], kv: KeysValues | None = None, split: int | None = None) -> float:
-    """Perplexity of the tokens behind ``split`` (half by default), given the context before it: as computed, or ``kv``."""
+    """Perplexity of the tokens behind ``split`` (half by default), given the context as computed, or ``kv``."""
     from hasten.language.speculate.session import Session
 
     split = len(tokens) // 2 if split is None else split
@@ -255,7 +255,7 @@ class KVCodec:
         head, payload = _open(blob)
         if head["model"] != self.model:
             raise DataError(
-                f"this KV stream belongs to the model {head['model'][:8]}…, not to {self.model[:8]}…; compute the context"
+                f"this KV stream belongs to the model {head['model'][:8]}…, not to {self.model[:8]}…; compute it again"
             )
         if (head["layers"], head["channels"]) != self.delta.shape[::2]:
             raise DataError("this KV stream has another shape than the codec; compute the context again")
@@ -316,7 +316,8 @@ class KVCodec:
 
     def _streams(self, tokens: int) -> NDArray[np.bool_]:
         """(tokens,): which tokens are anchors."""
-        return np.arange(tokens) % self.group == 0
+        mask: NDArray[np.bool_] = np.arange(tokens) % self.group == 0
+        return mask
 
     def _compress(self, parts: list[tuple[Ints, NDArray[np.float16], Ints]], level: int) -> bytes:
         coder, pieces, lengths = _coder(), [], []

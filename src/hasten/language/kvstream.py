@@ -102,7 +102,7 @@ class Controller:
         levels = coded + ([0] if 0 in chunks[0].bytes else [])  # the exact bytes are the finest
         bandwidth = observation.bandwidth if observation.bandwidth is not None else self.prior
         if bandwidth is None:
-            return coded[len(coded) // 2] if coded else (levels or [TEXT])[0]
+            return coded[len(coded) // 2] if coded else (levels[0] if levels else TEXT)
         times: dict[Choice, float] = {}
         for level in levels:
             fetch = sum(c.bytes.get(level, max(c.bytes.values())) for c in chunks) / bandwidth

@@ -180,7 +180,7 @@ def _heuristic(outputs: int, tiles: int, grid: int) -> int:
 
 
 def _in_waves(pieces: NDArray[np.int64], grid: int) -> NDArray[np.int64]:
-    """Cuts such that ``longest`` is the time of pieces that the hardware hands to workers in order, as they get free."""
+    """Cuts such that ``longest`` is the time of pieces handed to workers in order, as they get free."""
     import heapq
 
     free = [0] * min(grid, max(1, len(pieces)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.errors import ConfigurationError, MissingExtraError
 from hasten.language.lean import partition
 
-__all__ = ["decode"]
+__all__ = ["decode", "triton"]
 
 try:
     import triton

@@ -1,8 +1,8 @@
 """Rows that do not stand one behind the other: where each row's key goes, and which keys it sees.
 
-In a plain chunk row i has position ``context + i``, its key goes there, and it sees everything before. A tree of guesses
-has rows side by side at one position; a compressed cache holds keys whose positions have gaps. So position (for the
-rotation), slot (for the cache) and sight (a common context, then a line of slots) are three things here.
+In a plain chunk row i has position ``context + i``, its key goes there, and it sees everything before. A tree of
+guesses has rows side by side at one position; a compressed cache holds keys whose positions have gaps. So position
+(for the rotation), slot (for the cache) and sight (a common context, then a line of slots) are three things here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numba import njit
 from torch import Tensor
 
 from hasten.language import lean
-from hasten.nn.bfloat import FAST, load, store
 from hasten.language.ragged import RaggedBatch
+from hasten.nn.bfloat import FAST, load, store
 
 __all__ = ["PlacedStep", "Placement", "chain_placement", "tree_placement"]
 
@@ -142,7 +142,9 @@ def place_latent(
     qkv: Tensor, positions: Any, slots: Any, starts: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any,
     heads: int, width: int, rope: int, rank: int, plain: bool,
 ) -> Tensor:  # fmt: skip
-    """Rotate latent queries and write latent tokens; qkv (tokens, heads * width + rope + rank) -> (tokens, heads, width).
+    """Rotate latent queries and write latent tokens; -> (tokens, heads, width).
+
+    qkv (tokens, heads * width + rope + rank).
 
     ``plain``: the latent stands behind the rotated part in ``keys``, else in ``values``.
     """
@@ -157,7 +159,7 @@ _NONE = np.zeros(0, np.float32)
 
 
 class PlacedStep:
-    """A batch with a placement, in the form of :mod:`kernels_cpu`'s steps: ``place`` and ``attend`` for the executor."""
+    """A batch with a placement, in the form of :mod:`kernels_cpu`'s steps: ``place`` and ``attend``."""
 
     def __init__(self, batch: RaggedBatch, tile: int = 256) -> None:
         assert batch.placement is not None

@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,6 +202,7 @@ class IterationCost:
         seed: int = 0,
         progress: bool | Callable[[float], None] = True,
         note: str = "",
+        statistic: Literal["median", "minimum"] = "median",
     ) -> IterationCost:
         """Measure real batches of a model and fit; see :func:`hasten.serve.calibrate.measure_batches` for the knobs.
 
@@ -223,6 +224,7 @@ class IterationCost:
             repeats=repeats,
             seed=seed,
             progress=progress,
+            statistic=statistic,
         )
         shuffled = list(samples)
         random.Random(seed).shuffle(shuffled)
@@ -267,15 +269,18 @@ class IterationCost:
         """The largest token budget whose worst batch meets the tighter of the limits on ITL (TBT) and TPOT.
 
         Rounded down to a multiple of ``tile`` (below one tile: to a power of two), because a piece one token over a
-        tile pays for a whole one. When not even one token per step meets the limit, the choice is the smallest budget
-        and ``feasible`` is false. Without either limit the largest budget is taken, since nothing bounds it.
+        tile pays for a whole one. Never below ``max_num_seqs`` (or one tile, where that is less): with fewer tokens than
+        sequences the later ones starve, which is worse than a step over the limit in the worst case. When that budget
+        does not meet the limit it is taken all the same and ``feasible`` is false. Without either limit the largest budget is taken, since nothing bounds it.
         """
         limits = {n: t.limit for n, t in slo.targets().items() if n in ("itl", "tpot")}
 
         def worst(budget: int) -> float:
             return self.worst_batch(budget, max_num_seqs=max_num_seqs, context=context, cache_tokens=cache_tokens)
 
-        sizes = sorted({2**i for i in range(14) if 2**i < tile} | set(range(tile, max(max_budget, tile) + 1, tile)))
+        least = min(max_num_seqs, tile)
+        sizes = {2**i for i in range(14) if 2**i < tile} | set(range(tile, max(max_budget, tile) + 1, tile))
+        sizes = sorted(size for size in sizes | {least} if size >= least)
         if not limits:
             budget = sizes[-1]
             return BudgetChoice(
@@ -300,8 +305,9 @@ class IterationCost:
                 sizes[0],
                 predicted,
                 False,
-                f"no token budget meets {name} {format_quantity(limit, 'time')}: one token per step already takes "
-                f"{format_quantity(predicted, 'time')} at worst ({setting}); relax the SLO or use a faster precision",
+                f"no token budget meets {name} {format_quantity(limit, 'time')} at worst: token budget {sizes[0]}, the "
+                f"least with which no sequence starves, takes {format_quantity(predicted, 'time')} ({setting}); relax "
+                "the SLO, allow fewer sequences or a shorter context, or use a faster precision",
             )
         budget = sizes[low - 1]
         predicted = worst(budget)

@@ -1,8 +1,8 @@
 """Prefixes that outlive the process: full pieces of prompts in a folder, found again by the names of their blocks.
 
-A piece is ``blocks`` consecutive cache blocks; its file is called by the chained hash of all tokens up to its end, so an
-equal name is an equal prefix. The engine asks before it admits a prompt and hands over pieces when a sequence ends; a
-thread of its own encodes and writes. Invariant: what cannot be decoded, or belongs to another model, is never served;
+A piece is ``blocks`` consecutive cache blocks; its file is called by the chained hash of all tokens up to its end, so
+an equal name is an equal prefix. The engine asks before it admits a prompt and hands over pieces when a sequence ends;
+a thread of its own encodes and writes. Invariant: what cannot be decoded, or belongs to another model, is never served;
 it is counted, removed and computed again.
 """
 
@@ -27,7 +27,9 @@ _log = logging.getLogger("hasten.serve")
 class PrefixStore:
     """Prefixes of one model in one folder. ``find`` and ``offer`` belong to the engine's thread."""
 
-    def __init__(self, folder: str | Path, codec: KVCodec, *, level: int = 0, blocks: int = 4, queue_size: int = 64) -> None:
+    def __init__(
+        self, folder: str | Path, codec: KVCodec, *, level: int = 0, blocks: int = 4, queue_size: int = 64
+    ) -> None:
         if blocks < 1:
             raise ConfigurationError(f"a piece of {blocks} blocks; give at least 1")
         self.folder, self.codec, self.level, self.blocks = Path(folder), codec, level, blocks
@@ -44,8 +46,8 @@ class PrefixStore:
     ) -> PrefixStore:  # fmt: skip
         """The store of ``model`` in ``folder``; its codec is fitted at the first start.
 
-        ``quality``: by how much the perplexity may rise (0.01 is one per cent), as measured on text that the tables have
-        not seen; None keeps the exact numbers. ``contexts`` gives sample token lists for the fit. Raises
+        ``quality``: by how much the perplexity may rise (0.01 is one per cent), as measured on text that the tables
+        have not seen; None keeps the exact numbers. ``contexts`` gives sample token lists for the fit. Raises
         :class:`~hasten.errors.ConfigurationError` for the store of another model.
         """
         folder = Path(folder)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hasten.budget import SLO
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, EngineDeadError, HastenError
 from hasten.serve.balance import make_balancer
@@ -275,6 +276,8 @@ def start(
         known = ", ".join(sorted(_SERVER_FIELDS | _WORKER_FIELDS))
         raise ConfigurationError(f"a server has no setting {', '.join(unknown)}; it has {known}")
     worker = {k: v for k, v in settings.items() if k in _WORKER_FIELDS}
+    if isinstance(worker.get("slo"), SLO):
+        worker["slo"] = str(worker["slo"])
     options = dict(worker.pop("options", {}))
     if dtype is not None:
         options["dtype"] = dtype

@@ -73,7 +73,11 @@ class Guesser:
         """Guesses for each decode, with a probe now and then where none would be made."""
         found = self.policy.decide(
             SpeculationObservation(
-                [self.acceptance.alpha(s) for s in seqs], contexts, pieces, limits, cost=self._plan.cost,
+                [self.acceptance.alpha(s) for s in seqs],
+                contexts,
+                pieces,
+                limits,
+                cost=self._plan.cost,
                 draft=self.draft,
             )  # fmt: skip
         )

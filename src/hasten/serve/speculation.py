@@ -9,6 +9,7 @@ the engine verifies by the coupled rule, whose tokens do not depend on what was 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.clock import Clock
-from hasten.language.speculate.proposal import Ask, Proposal, Proposer
+from hasten.language.speculate.proposal import Ask, FirstOf, Proposal, Proposer
 from hasten.serve.batch import Chunk, ChunkKind, StepPlan, blocks_for
 from hasten.serve.policy.speculation import (
     DraftCost,
@@ -79,13 +80,31 @@ class StepTimes:
     """Seconds of a step by its number of rows, measured before and corrected as steps run.
 
     >>> times = StepTimes([1, 4, 16], [1e-3, 1.2e-3, 2e-3])
-    >>> round(float(times.seconds(8)) * 1e3, 2)
+    >>> round(times.at(8) * 1e3, 2)
     1.47
     """
 
     def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
-        self._rows = np.asarray(rows, np.float64)
-        self._seconds = np.maximum.accumulate(np.asarray(seconds, np.float64))
+        self._rows = list(rows)
+        self._seconds = np.maximum.accumulate(np.asarray(seconds, np.float64)).tolist()
+        self._dense: list[float] = []
+        self._slope: float = 0.0
+        self._stale = 0
+        self._fill()
+
+    def _fill(self) -> None:
+        """Seconds for every number of rows up to the last one measured."""
+        self._dense = np.interp(np.arange(self._rows[-1] + 1), self._rows, self._seconds).tolist()
+        self._stale = 0
+        last, before = self._seconds[-1], self._seconds[-2] if len(self._rows) > 1 else 0.0
+        step = self._rows[-1] - (self._rows[-2] if len(self._rows) > 1 else 0)
+        self._slope = max((last - before) / step, 0.5 * last / self._rows[-1])
+
+    def at(self, rows: int) -> float:
+        """Predicted seconds for one number of rows."""
+        if rows < len(self._dense):
+            return self._dense[rows]
+        return self._dense[-1] + self._slope * (rows - self._rows[-1])
 
     @classmethod
     def measure(
@@ -98,6 +117,7 @@ class StepTimes:
         table = list(range(blocks_for(context + _ROWS, 16)))
         counts = [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256) if n <= most]
         cache = executor.new_cache(len(table), 16)
+        half: Any
         for half in (cache, getattr(cache, "keys", None), getattr(cache, "values", None)):
             if hasattr(half, "fill_"):
                 half.fill_(1)
@@ -122,27 +142,29 @@ class StepTimes:
         """Predicted seconds for numbers of rows."""
         rows = np.asarray(rows, np.float64)
         inside = np.interp(rows, self._rows, self._seconds)
-        if len(self._rows) < 2:
-            return inside
-        step = self._rows[-1] - self._rows[-2]
-        slope = max((self._seconds[-1] - self._seconds[-2]) / step, self._seconds[-1] / self._rows[-1] * 0.5)
-        return np.where(rows > self._rows[-1], self._seconds[-1] + slope * (rows - self._rows[-1]), inside)
+        out: NDArray[np.float64] = np.where(
+            rows > self._rows[-1], self._seconds[-1] + self._slope * (rows - self._rows[-1]), inside
+        )
+        return out
 
     def times(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """As :meth:`IterationCost.times`; only the number of tokens counts."""
         return self.seconds(sums[:, 2])
 
     def learn(self, rows: int, seconds: float) -> None:
-        """One step of so many rows took so long: the two nearest points move towards it. Outliers are cut off."""
-        expected = float(self.seconds(rows))
+        """One step of so many rows took so long: the nearest points move towards it. Outliers are cut off."""
+        expected = self.at(rows)
         if expected <= 0.0 or rows > self._rows[-1]:
             return
-        ratio = min(max(seconds / expected, 0.5), 2.0)
-        high = int(np.searchsorted(self._rows, rows))
-        for index in {max(0, high - 1) if self._rows[high] != rows else high, high}:
-            share = 1.0 - abs(self._rows[index] - rows) / max(rows, 1.0)
-            self._seconds[index] *= 1.0 + 0.05 * max(0.0, share) * (ratio - 1.0)
-        self._seconds = np.maximum.accumulate(self._seconds)
+        change = 0.05 * (min(max(seconds / expected, 0.5), 2.0) - 1.0)
+        high = bisect_left(self._rows, rows)
+        for index in (high,) if self._rows[high] == rows or high == 0 else (high - 1, high):
+            share = 1.0 - abs(self._rows[index] - rows) / rows
+            self._seconds[index] *= 1.0 + change * max(0.0, share)
+        self._stale += 1
+        if self._stale >= 16:  # more rows never take less
+            self._seconds = np.maximum.accumulate(self._seconds).tolist()
+            self._fill()
 
 
 class SpeculationStats:
@@ -208,6 +230,28 @@ class Candidate:
     """guesses that are of any use to it"""
 
 
+class _Stage:
+    """One proposer with what is known of it: how often its guesses stand, and what they cost."""
+
+    __slots__ = ("acceptance", "call", "proposer", "since", "token")
+
+    def __init__(self, proposer: Proposer, window: int) -> None:
+        self.proposer = proposer
+        self.acceptance = Acceptance(window)
+        self.call = 0.0  # seconds of asking, decaying average
+        self.token = 0.0  # seconds per guess beside that
+        self.since = 0  # steps since it was asked
+
+    def note(self, seconds: float, tokens: int) -> None:
+        """Asking took so long and gave so many tokens."""
+        rate = 0.1 if self.call or self.token else 1.0
+        if tokens == 0:
+            self.call += rate * (min(seconds, 4 * self.call or seconds) - self.call)
+        else:
+            per = max(0.0, seconds - self.call) / tokens
+            self.token += rate * (min(per, 4 * self.token or per) - self.token)
+
+
 class Speculator:
     """Turns decodes of a plan into verifications. Not thread-safe; one engine owns it."""
 
@@ -222,9 +266,10 @@ class Speculator:
         self.policy: SpeculationPolicy = policy or GoodputSpeculation()
         self.stats = SpeculationStats()
         self.times = times
-        self.acceptance = Acceptance(getattr(self.policy, "window", 100))
-        self._draft_seconds = 0.0  # per guessed token, decaying average
-        self._since = 0  # steps since the last guess
+        window = getattr(self.policy, "window", 100)
+        parts = proposer.proposers if isinstance(proposer, FirstOf) else [proposer]
+        self._stages = [_Stage(part, window) for part in parts]
+        self._by_name = {stage.proposer.name: stage for stage in self._stages}
         self._expected = 0.0
 
     def reset(self) -> None:
@@ -242,53 +287,28 @@ class Speculator:
         if not candidates or pieces >= _PIECE:
             return plan, {}
         self.stats.steps += 1
-        limits, free = [], free_blocks
+        most, limits, free = self.policy.max_length, [], free_blocks
         for c in candidates:
             spare = c.request.blocks * block_size - c.request.known
-            limit = min(self.policy.max_length, c.limit, max(spare, 0) + free * block_size)
+            limit = min(most, c.limit)
             if limit > spare:
-                free -= blocks_for(limit - max(spare, 0), block_size)
+                limit = min(limit, max(spare, 0) + free * block_size)
+                free -= max(0, blocks_for(limit - max(spare, 0), block_size))
             limits.append(max(0, limit))
-        alphas = [self.acceptance.alpha(c.request.seq) for c in candidates]
         contexts = [c.request.computed for c in candidates]
-        observation = SpeculationObservation(
-            alphas, contexts, pieces, limits, cost=self.times, draft=DraftCost(per_token=self._draft_seconds)
-        )
-        lengths = self.policy.decide(observation)
-        if not any(lengths):
-            self._since += 1
-            if self._since < getattr(self.policy, "probe_every", 1 << 60) or not any(limits):
-                return plan, {}
-            lengths = [min(1, limit) for limit in limits]
-        elif isinstance(self.policy, GoodputSpeculation):
-            # Alpha is an average over good and bad guesses: where guessing pays at all, ask for more and cut later.
-            lengths = [min(most, 2 * k + 2) if k else 0 for k, most in zip(lengths, limits, strict=True)]
-        probing = self._since >= getattr(self.policy, "probe_every", 1 << 60)
-        self._since = 0
-        asked = [i for i, length in enumerate(lengths) if length]
+        proposals: list[Proposal] = [_NONE] * len(candidates)
+        left = [i for i, limit in enumerate(limits) if limit]
         began = clock.now()
-        found = self.proposer.propose([Ask(candidates[i].request.seq, candidates[i].tokens, lengths[i]) for i in asked])
-        total = sum(len(p.tokens) for p in found)
-        if total:
-            per = (clock.now() - began) / total
-            self._draft_seconds += 0.05 * (min(per, 4 * self._draft_seconds or per) - self._draft_seconds)
-        proposals = [Proposal()] * len(candidates)
-        for i, proposal in zip(asked, found, strict=True):
-            proposals[i] = proposal
-        if not probing and isinstance(self.policy, GoodputSpeculation) and total:
-            again = SpeculationObservation(
-                alphas, contexts, pieces, [len(p.tokens) for p in proposals], cost=self.times, draft=DraftCost(),
-                survival=[p.survival for p in proposals],
-            )  # fmt: skip
-            kept = self.policy.decide(again)
-            proposals = [p.cut(k) for p, k in zip(proposals, kept, strict=True)]
+        for stage in self._stages:
+            if not left:
+                break
+            left = self._ask(stage, candidates, contexts, limits, pieces, left, proposals, clock)
         out = {c.request.seq: p for c, p in zip(candidates, proposals, strict=True) if p.tokens}
         if not out:
             return plan, {}
         expected = len(candidates) + sum(sum(p.survival) for p in out.values())
         rows = plan.num_tokens + sum(len(p.tokens) for p in out.values())
-        seconds = float(self.times.times(np.array([[0.0, 0, rows, 0, 0]]))[0]) if self.times is not None else 0.0
-        seconds += clock.now() - began
+        seconds = self._seconds(rows) + clock.now() - began
         self._expected = expected / seconds if seconds > 0 else 0.0
         chunks = tuple(
             Chunk(c.seq, c.start, c.length + len(out[c.seq].tokens), ChunkKind.VERIFY) if c.seq in out else c
@@ -296,12 +316,106 @@ class Speculator:
         )
         return StepPlan(chunks, plan.preempt), out
 
+    def _seconds(self, rows: int) -> float:
+        if self.times is None:
+            return 0.0
+        if isinstance(self.times, StepTimes):
+            return self.times.at(rows)
+        return float(self.times.times(np.array([[0.0, 0, rows, 0, 0]]))[0])
+
+    def _ask(
+        self, stage: _Stage, candidates: Sequence[Candidate], contexts: list[int], limits: list[int], pieces: int,
+        left: list[int], proposals: list[Proposal], clock: Clock,
+    ) -> list[int]:  # fmt: skip
+        """Ask one proposer for the sequences that are left, where that pays; those that still are."""
+        policy, goodput = self.policy, isinstance(self.policy, GoodputSpeculation)
+        lengths = [limits[i] for i in left]
+        probing = False
+        if goodput:
+            alphas = [stage.acceptance.alpha(candidates[i].request.seq) for i in left]
+            step = self._seconds(len(candidates) + pieces)
+            if stage.call + stage.token > 0.01 * step:  # guessing costs something: only where it pays
+                found = self._decide(alphas, [contexts[i] for i in left], len(candidates) - len(left), pieces, lengths,
+                                     None, DraftCost(fixed=stage.call, per_token=stage.token))  # fmt: skip
+                stage.since += 1
+                if not any(found):
+                    if stage.since < policy.probe_every:  # type: ignore[attr-defined]
+                        return left
+                    found, probing = [min(1, n) for n in lengths], True
+                else:
+                    # Alpha is an average over good and bad guesses: ask for more, and cut when they are there.
+                    found = [min(n, k + 2) if k else 0 for k, n in zip(found, lengths, strict=True)]
+                lengths = found
+        stage.since = 0
+        asked = [i for i, n in zip(left, lengths, strict=True) if n]
+        began = clock.now()
+        asks = [
+            Ask(candidates[i].request.seq, candidates[i].tokens, n) for i, n in zip(left, lengths, strict=True) if n
+        ]
+        answers = stage.proposer.propose(asks)
+        stage.note(clock.now() - began, sum(len(p.tokens) for p in answers))
+        given = [(i, p) for i, p in zip(asked, answers, strict=True) if p.tokens]
+        if not given:
+            return left
+        kept = [len(p.tokens) for _, p in given]
+        if goodput and not probing:
+            others = len(candidates) - len(given)
+            where, chances = [contexts[i] for i, _ in given], [p.survival for _, p in given]
+            kept = self._decide([1.0] * len(given), where, others, pieces, kept, chances, None)
+        for (i, proposal), count in zip(given, kept, strict=True):
+            if count:
+                proposals[i] = proposal.cut(count)
+        return [i for i in left if not proposals[i].tokens]
+
+    def _decide(
+        self, alphas: list[float], contexts: list[int], others: int, pieces: int, limits: list[int],
+        survival: list[tuple[float, ...]] | None, draft: DraftCost | None,
+    ) -> list[int]:  # fmt: skip
+        """Lengths by the policy; few sequences on measured times take a path without arrays that gives the same."""
+        if len(alphas) > 4 or not isinstance(self.times, StepTimes):
+            # Sequences that nobody guesses for are in the step all the same, with one row each.
+            more = [0.0] * others
+            return self.policy.decide(
+                SpeculationObservation(
+                    [*alphas, *more],
+                    [*contexts, *([0] * others)],
+                    pieces,
+                    [*limits, *([0] * others)],
+                    cost=self.times,
+                    survival=None if survival is None else [*survival, *([()] * others)],
+                    draft=draft or DraftCost(),
+                )  # fmt: skip
+            )[: len(alphas)]
+        places = []
+        for who, (alpha, limit) in enumerate(zip(alphas, limits, strict=True)):
+            chance = 1.0
+            for place in range(limit):
+                chance = min(chance, survival[who][place]) if survival is not None else chance * alpha
+                places.append((-chance, place, who))
+        places.sort()
+        rows = len(alphas) + others + pieces
+        kept = float(len(alphas) + others)
+        at, fixed, each = self.times.at, draft.fixed if draft else 0.0, draft.per_token if draft else 0.0
+        best, rate, drafting = 0, kept / max(at(rows), 1e-12), fixed
+        for count, (chance, _, _) in enumerate(places, 1):
+            kept -= chance
+            drafting += each
+            now = kept / max(at(rows + count) + drafting, 1e-12)
+            if now > rate:
+                best, rate = count, now
+        lengths = [0] * len(alphas)
+        for _, _, who in places[:best]:
+            lengths[who] += 1
+        return lengths
+
     def learn(self, seq: int, proposal: Proposal, accepted: int) -> None:
         """What became of one sequence's guesses."""
         self.stats.add(len(proposal.tokens), accepted)
-        self.acceptance.learn(seq, accepted, len(proposal.tokens))
-        if proposal.parents is None:
-            self.proposer.learn(proposal, accepted)
+        stage = self._by_name.get(proposal.source)
+        if stage is not None:
+            stage.acceptance.learn(seq, accepted, len(proposal.tokens))
+            if proposal.parents is None:
+                stage.proposer.learn(proposal, accepted)
 
     def learn_step(self, rows: int, seconds: float, tokens: int, whole: float, *, guessed: bool) -> None:
         """A step of so many rows took ``seconds`` after the guessing, ``whole`` with it, and brought so many tokens."""
@@ -315,5 +429,9 @@ class Speculator:
 
     def forget(self, seq: int) -> None:
         """The sequence has ended."""
-        self.acceptance.forget(seq)
-        self.proposer.forget(seq)
+        for stage in self._stages:
+            stage.acceptance.forget(seq)
+            stage.proposer.forget(seq)
+
+
+_NONE = Proposal()

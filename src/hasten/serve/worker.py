@@ -225,14 +225,16 @@ def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int |
     if path.is_file():
         cost, source = IterationCost.read(path), f"calibration read from {path}"
     else:
+        shared = busy()
         cost = IterationCost.calibrate(
             model,
             clock,
             time_limit=config.calibration_seconds,
             max_num_seqs=min(config.max_num_seqs, 32),
             progress=False,
+            statistic="minimum" if shared else "median",
         )
-        if config.calibration is None and busy():
+        if config.calibration is None and (shared or busy()):
             source = "calibrated now and not kept, since other work shares the cores; start again on a quiet machine"
         else:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Speculation: several tokens guessed cheaply, checked by the model in one pass, and never a token that it would not write.
+"""Speculation: tokens guessed cheaply, checked by the model in one pass, and none that it would not write.
 
 Proposers guess (:mod:`lookup`, :mod:`draft`, trees in :mod:`dyspec`), :mod:`verify` is the one home of verification,
 :mod:`loop` runs one sequence, :mod:`triforce` nests two speculations for long contexts.

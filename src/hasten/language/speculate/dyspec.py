@@ -1,9 +1,9 @@
 """A tree of guesses that grows where the draft is sure and branches where it is not.
 
-"DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", Xiong et al. 2024, arXiv:2410.11744. A place has
-value v, the estimated chance that it is reached and its token tested: the place below ``y`` has ``v R[y]``, the next
-sibling ``v (1 - R[y])``. Values fall along the way, so taking the largest each time gives the N best places of all.
-Invariant: a place is chosen by its value, which is known before its token is drawn.
+"DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", Xiong et al. 2024, arXiv:2410.11744. A place
+has value v, the estimated chance that it is reached and its token tested: the place below ``y`` has ``v R[y]``, the
+next sibling ``v (1 - R[y])``. Values fall along the way, so taking the largest each time gives the N best places of
+all. Invariant: a place is chosen by its value, which is known before its token is drawn.
 Differs from the paper in: for a greedy target the token of a place is chosen, not drawn, so its own value ``v R[y]`` is
 known too, and the tree has the N best tokens (found lazily, since v bounds it).
 """

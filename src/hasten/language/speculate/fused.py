@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit, prange
+from numba.extending import overload
 from torch import Tensor
 
-from hasten.nn.bfloat import FAST, exp, load
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables
 from hasten.nn import causal_mask, grouped_attention
+from hasten.nn.bfloat import FAST, exp, load, store
+from hasten.nn.product import supported
+from hasten.nn.product.bfloat16 import pack, panels
 
 __all__ = ["FusedDecoder"]
 
@@ -33,13 +36,50 @@ def _array(x: Tensor) -> Any:
 
 @njit(cache=True, fastmath=FAST, error_model="numpy", inline="always")
 def _product(weight: Any, x: Any, out: Any) -> None:
+    """Four rows at a time: their sums do not wait for each other, and ``x`` is loaded once for all."""
     rows, width = weight.shape
-    for row in range(rows):
+    whole = rows - rows % 4
+    for row in range(0, whole, 4):
+        w0, w1, w2, w3 = weight[row], weight[row + 1], weight[row + 2], weight[row + 3]
+        t0 = np.float32(0.0)
+        t1 = np.float32(0.0)
+        t2 = np.float32(0.0)
+        t3 = np.float32(0.0)
+        for i in range(width):
+            value = x[i]
+            t0 += value * load(w0[i])
+            t1 += value * load(w1[i])
+            t2 += value * load(w2[i])
+            t3 += value * load(w3[i])
+        out[row], out[row + 1], out[row + 2], out[row + 3] = t0, t1, t2, t3
+    for row in range(whole, rows):
         line = weight[row]
         total = np.float32(0.0)
         for i in range(width):
             total += x[i] * load(line[i])
         out[row] = total
+
+
+def _scores(head: Any, h: Any, half: Any, out: Any) -> None:
+    """Logits (1, vocabulary) of one hidden state, by a plain matrix or one in panels."""
+    raise NotImplementedError("only inside numba")
+
+
+@overload(_scores, inline="always")
+def _scores_of(head: Any, h: Any, half: Any, out: Any) -> Any:
+    if head.ndim == 4:
+
+        def packed(head: Any, h: Any, half: Any, out: Any) -> None:
+            for i in range(h.shape[0]):
+                store(half[0], i, h[i])
+            panels(half, head, np.empty(0, np.float32), out, 0, head.shape[0])
+
+        return packed
+
+    def plain(head: Any, h: Any, half: Any, out: Any) -> None:
+        _product(head, h, out[0])
+
+    return plain
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -58,7 +98,7 @@ def _forward(
     embedding: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any, last_norm: Any, cos: Any, sin: Any,
     keys: Any, values: Any, x: Any, h: Any, wide: Any, mixed: Any, scores: Any,
 ) -> None:  # fmt: skip
-    """One token through all layers; ``h`` is its hidden state after the last norm. keys (layers, kv, context, width)."""
+    """One token through all layers; ``h``: its state after the last norm. keys (layers, kv, context, width)."""
     layers, kv_heads, _, width = keys.shape
     hidden, inner, pairs = x.shape[0], down.shape[2], cos.shape[1]
     group = heads // kv_heads
@@ -121,7 +161,7 @@ def _forward(
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _guess(
-    pending: Any, position: Any, count: Any, least: Any, heads: Any, eps: Any, scale: Any, gelu: Any,
+    pending: Any, position: Any, count: Any, least: Any, heads: Any, vocab: Any, eps: Any, scale: Any, gelu: Any,
     embedding: Any, head: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any, last_norm: Any, cos: Any,
     sin: Any, keys: Any, values: Any, tokens: Any, chances: Any,
 ) -> Any:  # fmt: skip
@@ -131,7 +171,9 @@ def _guess(
     wide = np.empty(max(qkv.shape[1], gate_up.shape[1]), np.float32)
     mixed = np.empty(out.shape[2], np.float32)
     scores = np.empty(keys.shape[2], np.float32)
-    logits = np.empty(head.shape[0], np.float32)
+    half = np.empty((1, hidden), np.uint16)
+    scored = np.empty((1, vocab), np.float32)
+    logits = scored[0]
     for i in range(len(pending)):
         skip = i < len(pending) - 1
         _forward(pending[i], position + i, heads, eps, scale, gelu, skip, embedding, qkv, out, gate_up, down, norms,
@@ -139,7 +181,7 @@ def _guess(
     position += len(pending)
     running = np.float32(1.0)
     for j in range(count):
-        _product(head, h, logits)
+        _scores(head, h, half, scored)
         top = np.float32(-1e30)
         for i in range(len(logits)):
             top = max(top, logits[i])
@@ -163,29 +205,29 @@ def _guess(
 
 @njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _guess_serial(
-    slots: Any, starts: Any, pending: Any, positions: Any, counts: Any, least: Any, heads: Any, eps: Any, scale: Any,
-    gelu: Any, embedding: Any, head: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any, last_norm: Any,
-    cos: Any, sin: Any, keys: Any, values: Any, tokens: Any, chances: Any, found: Any,
+    slots: Any, starts: Any, pending: Any, positions: Any, counts: Any, least: Any, heads: Any, vocab: Any, eps: Any,
+    scale: Any, gelu: Any, embedding: Any, head: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any,
+    last_norm: Any, cos: Any, sin: Any, keys: Any, values: Any, tokens: Any, chances: Any, found: Any,
 ) -> None:  # fmt: skip
     for i in range(len(slots)):
         found[i] = _guess(
-            pending[starts[i] : starts[i + 1]], positions[i], counts[i], least, heads, eps, scale, gelu, embedding,
-            head, qkv, out, gate_up, down, norms, last_norm, cos, sin, keys[slots[i]], values[slots[i]], tokens[i],
-            chances[i],
+            pending[starts[i] : starts[i + 1]], positions[i], counts[i], least, heads, vocab, eps, scale, gelu,
+            embedding, head, qkv, out, gate_up, down, norms, last_norm, cos, sin, keys[slots[i]], values[slots[i]],
+            tokens[i], chances[i],
         )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, parallel=True, fastmath=FAST, error_model="numpy")
 def _guess_parallel(
-    slots: Any, starts: Any, pending: Any, positions: Any, counts: Any, least: Any, heads: Any, eps: Any, scale: Any,
-    gelu: Any, embedding: Any, head: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any, last_norm: Any,
-    cos: Any, sin: Any, keys: Any, values: Any, tokens: Any, chances: Any, found: Any,
+    slots: Any, starts: Any, pending: Any, positions: Any, counts: Any, least: Any, heads: Any, vocab: Any, eps: Any,
+    scale: Any, gelu: Any, embedding: Any, head: Any, qkv: Any, out: Any, gate_up: Any, down: Any, norms: Any,
+    last_norm: Any, cos: Any, sin: Any, keys: Any, values: Any, tokens: Any, chances: Any, found: Any,
 ) -> None:  # fmt: skip
     for i in prange(len(slots)):
         found[i] = _guess(
-            pending[starts[i] : starts[i + 1]], positions[i], counts[i], least, heads, eps, scale, gelu, embedding,
-            head, qkv, out, gate_up, down, norms, last_norm, cos, sin, keys[slots[i]], values[slots[i]], tokens[i],
-            chances[i],
+            pending[starts[i] : starts[i + 1]], positions[i], counts[i], least, heads, vocab, eps, scale, gelu,
+            embedding, head, qkv, out, gate_up, down, norms, last_norm, cos, sin, keys[slots[i]], values[slots[i]],
+            tokens[i], chances[i],
         )  # fmt: skip
 
 
@@ -214,12 +256,21 @@ class FusedDecoder:
         self._last_norm = (decoder.model.norm.weight.detach().float() + config.norm_offset).contiguous()
         self._embedding = decoder.model.embed_tokens.weight.detach()
         self._cos, self._sin = rotary_tables(config, self.context)
+        head = _array(decoder.lm_head.weight)
+        if head.dtype == np.uint16 and supported("bf16"):
+            head = pack(head)
         self._weights = (
-            _array(self._embedding), _array(decoder.lm_head.weight),
+            _array(self._embedding), head,
             *(_array(torch.stack(self._plain[n])) for n in ("qkv", "out", "gate_up", "down")),
             self._norms.numpy(), self._last_norm.numpy(), self._cos.numpy(), self._sin.numpy(),
         )  # fmt: skip
-        self._scalars = (config.num_heads, config.norm_eps, config.attention_scale, config.activation != "silu")
+        self._scalars = (
+            config.num_heads,
+            config.vocab_size,
+            config.norm_eps,
+            config.attention_scale,
+            config.activation != "silu",
+        )
         self._reserve(4)
 
     @staticmethod
@@ -231,6 +282,9 @@ class FusedDecoder:
             or config.sliding_window or config.embedding_scale != 1.0 or config.partial_rotary_factor != 1.0
             or config.local_rope_theta
         )  # fmt: skip
+
+    _keys: Any
+    _values: Any
 
     def _reserve(self, slots: int) -> None:
         config = self.config
@@ -306,7 +360,7 @@ class FusedDecoder:
             x = x + attended @ self._plain["out"][layer].float().T
             gate, up = (self._rms(x, self._norms[layer, 1]) @ self._plain["gate_up"][layer].float().T).chunk(2, -1)
             functional = torch.nn.functional
-            act = functional.gelu(gate, approximate="tanh") if self._scalars[3] else functional.silu(gate)
+            act = functional.gelu(gate, approximate="tanh") if self._scalars[4] else functional.silu(gate)
             x = x + (act * up) @ self._plain["down"][layer].float().T
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:

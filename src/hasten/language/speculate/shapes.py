@@ -1,9 +1,10 @@
 """Shapes of guesses that are the same for every text: a chain, a k-ary tree, a tree fitted to a calibration text.
 
-A shape grows a tree out of the draft's distributions: ``grow(distributions, draw)``, where ``distributions(tree, nodes)``
-gives the draft's law after each node (-1: after the last known token), one call for all of them. ``draw`` None chooses
-the likeliest tokens instead of drawing (for a greedy target). The fitted tree is that of Sequoia (Chen et al. 2024,
-arXiv:2402.12374): the size-N tree with the most expected tokens when the r-th candidate of any node stands with p_r.
+A shape grows a tree out of the draft's distributions: ``grow(distributions, draw)``, where ``distributions(tree,
+nodes)`` gives the draft's law after each node (-1: after the last known token), one call for all of them. ``draw``
+None chooses the likeliest tokens instead of drawing (for a greedy target). The fitted tree is that of Sequoia (Chen et
+al. 2024, arXiv:2402.12374): the size-N tree with the most expected tokens when the r-th candidate of any node stands
+with p_r.
 """
 
 from __future__ import annotations

@@ -308,9 +308,11 @@ class TriForce:
         self._row = stood  # of the verified rows this one is the last that stands
         grown = session.done - view.end
         self._since += grown
-        if self.refresh is not None and self._since >= self.refresh:
-            self._build(session)
-        elif view.filled + grown + self.gamma + 2 > view.capacity:
+        if (
+            self.refresh is not None
+            and self._since >= self.refresh
+            or view.filled + grown + self.gamma + 2 > view.capacity
+        ):
             self._build(session)
         else:
             view.extend(session.cache, session.table, view.end, session.done)

@@ -51,7 +51,8 @@ def accept(tree: TokenTree, chosen: Sequence[int]) -> tuple[list[int], int]:
     """
     if len(chosen) != len(tree) + 1:
         raise ConfigurationError(f"{len(chosen)} choices for a tree of {len(tree)} nodes; give one more than nodes")
-    node, path = -1, []
+    node = -1
+    path: list[int] = []
     while True:
         own = chosen[node + 1]
         found = next((c for c in tree.children(node) if tree.tokens[c] == own), None)
@@ -76,7 +77,8 @@ def verify_tree(tree: TokenTree, target: Distribution, draw: Draw) -> tuple[list
     """
     if target.shape[0] != len(tree) + 1:
         raise ConfigurationError(f"{target.shape[0]} distributions for {len(tree)} nodes; give one more than nodes")
-    node, path = -1, []
+    node = -1
+    path: list[int] = []
     while True:
         t = target[node + 1]
         for child in tree.children(node):

@@ -72,7 +72,7 @@ def python_prompts(tokenizer: Any, count: int, length: int = 256, seed: int = 0)
 
 def measure_speculation(
     model: Any,
-    proposer: Callable[[], Proposer],
+    proposer: Callable[[], Proposer | None],
     prompts: Sequence[Sequence[int]],
     *,
     batches: Sequence[int] = (1, 4, 16),
@@ -137,9 +137,18 @@ def measure_speculation(
         middle = {k: sorted(v)[len(v) // 2] for k, v in times.items()}
         out.append(
             SpeculationResult(
-                batch, 1 / middle["plain"], 1 / middle["speculative"], ratio.value, ratio.low, ratio.high,
-                stats.acceptance, stats.mean_length, rounds * (max_tokens - 1) / max(1, passes),
-                [n / max(1, stats.num_drafts) for n in stats.accepted_per_pos], same, stats.predicted_goodput,
+                batch,
+                1 / middle["plain"],
+                1 / middle["speculative"],
+                ratio.value,
+                ratio.low,
+                ratio.high,
+                stats.acceptance,
+                stats.mean_length,
+                rounds * (max_tokens - 1) / max(1, passes),
+                [n / max(1, stats.num_drafts) for n in stats.accepted_per_pos],
+                same,
+                stats.predicted_goodput,
                 stats.observed_goodput,
             )  # fmt: skip
         )

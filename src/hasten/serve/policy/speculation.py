@@ -1,9 +1,9 @@
 """How many tokens to guess for each sequence of a step: as many as raise goodput, down to none.
 
 "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", Liu et al. 2024, arXiv:2406.14066.
-Goodput is tokens that will be kept per second, ``G = Σ (1 + Σ_j p_ij) / T``, where ``p_ij`` is the chance that guess j of
-sequence i stands and T the time of the whole step, draft included. Guesses are added in falling order of p (T depends on
-totals only, so every best set is a prefix of that order), and the prefix with the largest G is kept.
+Goodput is tokens that will be kept per second, ``G = Σ (1 + Σ_j p_ij) / T``, where ``p_ij`` is the chance that guess j
+of sequence i stands and T the time of the whole step, draft included. Guesses are added in falling order of p (T
+depends on totals only, so every best set is a prefix of that order), and the prefix with the largest G is kept.
 Differs from the paper in: lengths per request; T has the knee of :class:`~hasten.serve.cost.IterationCost`; in a step
 that also computes prompts the G of decodes alone is the price of time, since the prompts' users wait for the guesses.
 """
@@ -208,7 +208,9 @@ class GoodputSpeculation:
         drafting = draft.seconds(longest, total)
         alone = drafting + (cost.times(sums) if cost is not None else 0.0)
         goodput = kept / np.maximum(alone, 1e-12)
-        if piece > 0 and cost is not None:  # guesses that lengthen a prompt's step must pay as those of a decode step do
+        if (
+            piece > 0 and cost is not None
+        ):  # guesses that lengthen a prompt's step must pay as those of a decode step do
             rate = goodput.max()
             sums[:, 1] += 1
             sums[:, 2] += piece
