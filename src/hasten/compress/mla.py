@@ -1,7 +1,7 @@
 """Grouped-query attention turned into latent attention: first exactly, then with a smaller cache.
 
-"TransMLA: Multi-head Latent Attention Is All You Need", Meng et al. 2025, arXiv:2502.07864. Level 0: the cached vector is
-what grouped-query attention caches, and repeating it per head is a factor (an identity). Level 1: one rotation per
+"TransMLA: Multi-head Latent Attention Is All You Need", Meng et al. 2025, arXiv:2502.07864. Level 0: the cached vector
+is what grouped-query attention caches, and repeating it per head is a factor (an identity). Level 1: one rotation per
 frequency gathers the keys' energy (RoRoPE; neighbouring frequencies may share one, FreqFold), the ``rope_dims``
 strongest numbers keep their rotation, the rest loses it and is compressed with the values by one balanced PCA.
 Differs from the paper in: which components keep the rotation is chosen by energy over all frequencies.
@@ -82,7 +82,9 @@ class ToMLA:
             before, after = before + 2 * groups, after + new.cache_numbers
             sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (old, new)]
             action = f"mla rank {new.rank} rope {new.rope}"
-            reports.append(LayerReport(name, action, f"{2 * groups} numbers a token became {new.cache_numbers}", *sizes))
+            reports.append(
+                LayerReport(name, action, f"{2 * groups} numbers a token became {new.cache_numbers}", *sizes)
+            )
         clone.train(model.training)
         notes.append(
             f"{len(reports)} layers; a token takes {after} numbers of cache, {2 * after} bytes at 16 bits, instead of "
@@ -195,7 +197,7 @@ class ToMLA:
         rank = round(self.kv_rank * most) if self.kv_rank < 1 else int(self.kv_rank)
         if rank > most:
             raise ConfigurationError(
-                f"kv_rank is {rank}; what the rotated part leaves has {most} numbers (2 * key heads * width - rope_dims)"
+                f"kv_rank is {rank}; what the rotated part leaves has {most} numbers (2 key heads * width - rope_dims)"
             )
         return max(1, rank)
 
@@ -217,7 +219,7 @@ class ToMLA:
             parts = [x @ weight[real].T + bias[real], x @ weight[imaginary].T + bias[imaginary]]
         for begin in range(0, count, groups * fold):
             block = slice(begin, min(begin + groups * fold, count))
-            moment = sum(p[:, block].T @ p[:, block] for p in parts)
+            moment = torch.stack([p[:, block].T @ p[:, block] for p in parts]).sum(0)
             moment = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
             values, vectors = torch.linalg.eigh(moment)
             turn[block, block] = vectors.flip(1).T

@@ -69,7 +69,9 @@ def takes(precision: str, out: int, inner: int) -> bool:
     return supported(precision) and (inner % 2 == 0 if precision == "bf16" else out % 16 == 0 and inner % 32 == 0)
 
 
-def panel_product(weight: Tensor, precision: str, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
+def panel_product(
+    weight: Tensor, precision: str, bias: Tensor | None
+) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
     """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed weight and bias, and their bytes."""
     module = _module(precision)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32

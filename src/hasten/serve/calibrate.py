@@ -77,10 +77,11 @@ def measure_batches(
     """Run batches through ``model`` (an executor, or what has one) and return them with their seconds.
 
     ``max_context`` bounds context + length of one sequence (by default what the model allows, at most 4096),
-    ``max_tokens`` the tokens of a batch, ``max_num_seqs`` its sequences, ``cache_tokens`` the private cache (by default
-    at most 1 GiB). ``statistic``: of the times of a shape, the minimum where other work shares the machine, for that only
-    ever adds time. ``progress`` shows a bar, or is called with the share done. Stops early when ``time_limit`` seconds
-    are used; raises :class:`~hasten.errors.ConfigurationError` when that leaves fewer than eight shapes.
+    ``max_tokens`` the tokens of a batch, ``max_num_seqs`` its sequences, ``cache_tokens`` the private cache (by
+    default at most 1 GiB). ``statistic`` of the times of a shape: the minimum where other work shares the machine,
+    for that only ever adds time. ``progress`` shows a bar, or is called with the share done. Stops early when
+    ``time_limit`` seconds are used; raises :class:`~hasten.errors.ConfigurationError` when that leaves fewer than
+    eight shapes.
     """
     from hasten.language.cache import BlockPool
 

@@ -269,9 +269,10 @@ class IterationCost:
         """The largest token budget whose worst batch meets the tighter of the limits on ITL (TBT) and TPOT.
 
         Rounded down to a multiple of ``tile`` (below one tile: to a power of two), because a piece one token over a
-        tile pays for a whole one. Never below ``max_num_seqs`` (or one tile, where that is less): with fewer tokens than
-        sequences the later ones starve, which is worse than a step over the limit in the worst case. When that budget
-        does not meet the limit it is taken all the same and ``feasible`` is false. Without either limit the largest budget is taken, since nothing bounds it.
+        tile pays for a whole one. Never below ``max_num_seqs`` (or one tile, where that is less): with fewer tokens
+        than sequences the later ones starve, which is worse than a step over the limit in the worst case. When that
+        budget does not meet the limit it is taken all the same and ``feasible`` is false. Without either limit the
+        largest budget is taken, since nothing bounds it.
         """
         limits = {n: t.limit for n, t in slo.targets().items() if n in ("itl", "tpot")}
 
