@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -279,11 +280,19 @@ class Executor:
         config = self.config
         shape = (config.num_layers, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         try:
-            keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        except RuntimeError as error:
+            keys, values = (self._zeros(shape) for _ in range(2))
+        except (RuntimeError, MemoryError) as error:
             size = num_blocks * block_size * self.bytes_per_token / 2**30
             raise ConfigurationError(f"a KV cache of {size:.1f} GiB does not fit into memory; ask for less") from error
         return KVCache(keys, values)
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """Zeros that nobody has touched yet. numpy's large arrays lie in huge pages, where the system has any: blocks
+        are scattered, and with small pages each would cost a walk through the page table."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        kind = np.float32 if self.dtype is torch.float32 else np.uint16
+        return torch.from_numpy(np.zeros(shape, kind)).view(self.dtype)
 
     @torch.inference_mode()
     def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:

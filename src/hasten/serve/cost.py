@@ -280,8 +280,8 @@ class IterationCost:
             return self.worst_batch(budget, max_num_seqs=max_num_seqs, context=context, cache_tokens=cache_tokens)
 
         least = min(max_num_seqs, tile)
-        sizes = {2**i for i in range(14) if 2**i < tile} | set(range(tile, max(max_budget, tile) + 1, tile))
-        sizes = sorted(size for size in sizes | {least} if size >= least)
+        tried = {2**i for i in range(14) if 2**i < tile} | set(range(tile, max(max_budget, tile) + 1, tile)) | {least}
+        sizes = sorted(size for size in tried if size >= least)
         if not limits:
             budget = sizes[-1]
             return BudgetChoice(
