@@ -29,7 +29,9 @@ def run(*words, status=0):
 
 
 def test_search(place, tmp_path):
-    told = run("search", place / "index", place / "queries.npy", "-k", 3, "--exact", "--output", tmp_path / "o.npz", "--json")
+    told = run(
+        "search", place / "index", place / "queries.npy", "-k", 3, "--exact", "--output", tmp_path / "o.npz", "--json"
+    )
     rows, queries = np.load(place / "rows.npy"), np.load(place / "queries.npy")
     truth = np.argsort(((queries[:, None] - rows[None]) ** 2).sum(-1), axis=1)[:, :3]
     assert told["ids"] == truth.tolist()
@@ -75,7 +77,7 @@ def test_bench_tune_and_cost(place):
     ("words", "word"),
     [
         (["build", "nowhere.npy", "x"], "not a file"),
-        (["search", "nowhere", "q.npy"], "check the path"),
+        (["search", "nowhere", "q.npy"], "holds no index"),
         (["cost", "1e6", "-b", "3"], "1, 2 or 4"),
     ],
 )

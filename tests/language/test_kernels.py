@@ -101,7 +101,7 @@ def test_exponential_is_accurate_to_two_units():
     import numba
     import numpy as np
 
-    from hasten.language.bfloat import exp
+    from hasten.nn.bfloat import exp
 
     @numba.njit
     def over(x, out):

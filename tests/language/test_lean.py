@@ -109,7 +109,9 @@ def test_kernel_is_softmax_attention_whatever_the_shares(dtype, tree, whole):
         offsets = np.concatenate(([0], np.cumsum([len(x) for x in lines]))).astype(np.int32)
         line = np.concatenate(lines).astype(np.int32)
         rng = np.random.default_rng(seed)
-        lows = np.array([int(rng.integers(0, c + 1)) if seed % 3 == 0 else 0 for c in np.repeat(contexts, np.diff(starts))])
+        lows = np.array(
+            [int(rng.integers(0, c + 1)) if seed % 3 == 0 else 0 for c in np.repeat(contexts, np.diff(starts))]
+        )
         form = (lambda x: x.view(torch.uint16).numpy()) if dtype == torch.bfloat16 else (lambda x: x.numpy())
         plan = Plan(contexts, 2, 16, 1 + seed % 5, whole=whole)
         out, logs = lean.attend(
@@ -124,9 +126,7 @@ def test_kernel_is_softmax_attention_whatever_the_shares(dtype, tree, whole):
                 scores = (k @ query[token].double()[..., None]).squeeze(-1) * 0.25
                 expected = (torch.softmax(scores, -1)[:, None] @ v).squeeze(1)
                 tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-                torch.testing.assert_close(
-                    out[token].view(6, 16).double(), expected, atol=tolerance, rtol=tolerance
-                )
+                torch.testing.assert_close(out[token].view(6, 16).double(), expected, atol=tolerance, rtol=tolerance)
                 np.testing.assert_allclose(logs[token], torch.logsumexp(scores, -1).numpy(), atol=1e-3)
 
 

@@ -9,9 +9,8 @@ from hasten.language.placement import Placement, chain_placement, tree_placement
 from hasten.language.speculate.tree import TokenTree
 
 torch.set_num_threads(1)
-SHAPE = dict(
-    vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48
-)  # fmt: skip
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+SHAPE["intermediate_size"] = 48
 
 
 def pair(**options):
@@ -38,9 +37,14 @@ def test_every_path_of_a_tree_sees_its_own_line_only(options):
     positions, slots, lines = tree_placement(context, parents)
     batch = RaggedBatch.build([([prompt[-1], *tree.tokens], context, table)], "all")
     batch = RaggedBatch(
-        batch.tokens, torch.tensor(positions, dtype=torch.int32), batch.starts, batch.contexts, batch.block_tables,
-        batch.logit_rows, Placement.of(slots, lines),
-    )  # fmt: skip
+        batch.tokens,
+        torch.tensor(positions, dtype=torch.int32),
+        batch.starts,
+        batch.contexts,
+        batch.block_tables,
+        batch.logit_rows,
+        Placement.of(slots, lines),
+    )
     logits = executor.step(batch, cache)
     with torch.no_grad():
         for node in range(-1, len(tree)):
@@ -62,9 +66,14 @@ def test_plain_chunks_placed_row_by_row_give_what_they_gave():
     chunks = [([1, 2, 3, 4, 5], 0, [0, 1]), ([9], 0, [2]), ([6, 7], 0, [3])]
     batch = RaggedBatch.build(chunks, "all")
     placed = RaggedBatch(
-        batch.tokens, batch.positions, batch.starts, batch.contexts, batch.block_tables, batch.logit_rows,
+        batch.tokens,
+        batch.positions,
+        batch.starts,
+        batch.contexts,
+        batch.block_tables,
+        batch.logit_rows,
         chain_placement([0, 0, 0], [5, 1, 2]),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(executor.step(batch, cache), executor.step(placed, other), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(cache.keys, other.keys, atol=1e-6, rtol=1e-6)
 

@@ -113,9 +113,9 @@ def test_bad_inputs_are_refused() -> None:
     model, (x, y) = net(), data(100)
     with pytest.raises(ConfigurationError, match="eval"):
         run_until(net().train(), x, ConfidenceExit())
+    broken = net()
+    broken.layers[-1].weight.data.fill_(float("nan"))
     with pytest.raises(ConfigurationError, match="timestep 1 is not a number"):
-        broken = net()
-        broken.layers[-1].weight.data.fill_(float("nan"))
         run_until(broken, x, ConfidenceExit())
     with pytest.raises(ConfigurationError, match="one class"):
         ConfidenceExit().decide(Observation((1.0,), 1, 3))

@@ -52,3 +52,20 @@ def test_token_budget_is_a_knob_of_budgeted_policies_only() -> None:
     space = serving_space(policies=("prefill-first", "stall-free"), token_budgets=(2, 4, 8), max_num_seqs=(4,))
     # a budget of 2 cannot feed 4 sequences
     assert [p.get("token_budget") for p in space.points() if p["precision"] == "bf16"] == [None, 4, 8]
+
+
+def test_a_spiking_network_may_run_for_fewer_timesteps():
+    from torch import nn
+
+    from hasten.spiking import IF, SpikingNetwork
+    from hasten.tune.space import recipe_of, recipe_space
+
+    model = SpikingNetwork([nn.Linear(4, 8, bias=False), IF(), nn.Linear(8, 3, bias=False)], timesteps=4)
+    points = [p for p in recipe_space(model).points() if p["format"] == "timesteps"]
+    assert [p["timesteps"] for p in points] == [3, 2, 1]
+    for point in points:
+        new, plan = recipe_of(point, model).apply(model)
+        assert new.timesteps == point["timesteps"]
+        assert plan.steps
+    assert model.timesteps == 4
+    assert not [p for p in recipe_space(nn.Sequential(nn.Linear(4, 4))).points() if p["format"] == "timesteps"]

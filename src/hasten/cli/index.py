@@ -11,7 +11,9 @@ __all__ = ["add", "bench", "build", "compact", "cost", "delete", "search", "serv
 
 IndexPath = Annotated[Path, typer.Argument(help="Directory of the index.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Column = Annotated[str | None, typer.Option("--column", help="Vector column of a Parquet file, or dataset of an HDF5 file.")]
+Column = Annotated[
+    str | None, typer.Option("--column", help="Vector column of a Parquet file, or dataset of an HDF5 file.")
+]
 
 
 def build(
@@ -38,7 +40,13 @@ def build(
     from hasten.retrieve.index.build import build as run
 
     options = BuildOptions(
-        metric=metric, head_ratio=head_ratio, replicas=replicas, list_bytes=list_bytes, memory=memory, threads=threads, seed=seed
+        metric=metric,
+        head_ratio=head_ratio,
+        replicas=replicas,
+        list_bytes=list_bytes,
+        memory=memory,
+        threads=threads,
+        seed=seed,
     )
     console = Console(stderr=True)
     names = None if ids is None else np.load(ids)
@@ -48,7 +56,8 @@ def build(
         built,
         json,
         f"{built['rows']} rows of {built['width']}: {built['heads']} heads, {built['replicas']:.2f} copies, lists of "
-        f"{built['list_mean']:.1f} rows (spread {built['list_spread']:.2f}), {format_quantity(built['postings_bytes'], 'bytes')}",
+        f"{built['list_mean']:.1f} rows (spread {built['list_spread']:.2f}), "
+        f"{format_quantity(built['postings_bytes'], 'bytes')}",
     )
 
 
@@ -163,15 +172,18 @@ def verify(
     value |= found.to_json()
     state = "good" if found.good else "NOT good"
     _print(
-        value, json,
-        f"{state}: {found.rows} rows, {found.lists} lists, {len(found.corrupt)} corrupt, {found.num_missing} rows missing"
-        + "".join(f"\n{p}" for p in found.problems),
-    )  # fmt: skip
+        value,
+        json,
+        f"{state}: {found.rows} rows, {found.lists} lists, {len(found.corrupt)} corrupt, "
+        f"{found.num_missing} rows missing" + "".join(f"\n{p}" for p in found.problems),
+    )
     if not found.good:
         raise typer.Exit(1)
 
 
-def snapshot(path: IndexPath, target: Annotated[str, typer.Argument(help="New directory, or - for a tar stream.")]) -> None:
+def snapshot(
+    path: IndexPath, target: Annotated[str, typer.Argument(help="New directory, or - for a tar stream.")]
+) -> None:
     """Copy the present state to a directory, or as a tar stream to standard output."""
     import sys
 
@@ -219,9 +231,14 @@ def bench(
     table = Table("lists", "recall", "QPS, one thread", "time", "reads", "bytes", "distances", title=f"{path} ({io})")
     for p in points:
         table.add_row(
-            f"{p.lists:.1f}", f"{p.recall:.4f}", f"{1 / p.seconds:.0f}", format_quantity(p.seconds, "time"), f"{p.reads:.1f}",
-            format_quantity(p.bytes, "bytes"), f"{p.distances:.0f}",
-        )  # fmt: skip
+            f"{p.lists:.1f}",
+            f"{p.recall:.4f}",
+            f"{1 / p.seconds:.0f}",
+            format_quantity(p.seconds, "time"),
+            f"{p.reads:.1f}",
+            format_quantity(p.bytes, "bytes"),
+            f"{p.distances:.0f}",
+        )
     Console().print(table)
     print(f"{format_quantity(memory['total'], 'bytes')} in memory")
 
@@ -229,7 +246,9 @@ def bench(
 def tune(
     path: IndexPath,
     queries: Annotated[Path, typer.Argument(help="File of query vectors, at least 20.")],
-    recall: Annotated[float | None, typer.Option("--recall", help="Such as 0.95: the cheapest knobs that reach it.")] = None,
+    recall: Annotated[
+        float | None, typer.Option("--recall", help="Such as 0.95: the cheapest knobs that reach it.")
+    ] = None,
     p99: Annotated[str | None, typer.Option("--p99", help="Such as 5ms: the best recall within it.")] = None,
     truth: Annotated[Path | None, typer.Option("--truth", help="True ids; else computed.")] = None,
     k: Annotated[int, typer.Option("-k", help="Neighbours of each query.")] = 10,
@@ -259,8 +278,8 @@ def cost(
     json: Json = False,
 ) -> None:
     """What an index of so many rows takes, with the error of the fit."""
-    from hasten.retrieve.index.cost import cost as model
-    from hasten.retrieve.index.cost import cost_of_index
+    from hasten.retrieve.index.cost_model import cost as model
+    from hasten.retrieve.index.cost_model import cost_of_index
     from hasten.retrieve.index.spann import Spann
 
     if path is None:
@@ -280,7 +299,9 @@ def serve(
     io: Annotated[str, typer.Option("--io", help="mmap, pread or direct.")] = "mmap",
     memory: Annotated[str | None, typer.Option("--memory", help="Bound of what is copied into memory.")] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse changes.")] = False,
-    auto_compact: Annotated[int | None, typer.Option("--auto-compact", help="Compact after so many added rows.")] = 50_000,
+    auto_compact: Annotated[
+        int | None, typer.Option("--auto-compact", help="Compact after so many added rows.")
+    ] = 50_000,
 ) -> None:
     """Serve an index over HTTP."""
     from rich.console import Console

@@ -45,6 +45,7 @@ def _build() -> None:
         app.command(name)(getattr(importlib.import_module(f"hasten.cli.{module}"), function))
     _bench.command("serve")(importlib.import_module("hasten.cli.bench").bench_serve)
     _bench.command("speculate")(importlib.import_module("hasten.cli.speculate").bench_speculate)
+    _bench.command("attention")(importlib.import_module("hasten.cli.speculate").bench_attention)
     app.add_typer(_bench, name="bench")
     for name in _INDEX:
         _index.command(name)(getattr(importlib.import_module("hasten.cli.index"), name))

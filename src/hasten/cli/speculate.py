@@ -1,4 +1,4 @@
-"""``hasten bench speculate``: what guessing tokens brings for a model and its draft."""
+"""``hasten bench speculate`` and ``bench attention``: what guesses bring, and how fast the cache is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["bench_speculate"]
+__all__ = ["bench_attention", "bench_speculate"]
 
 
 def bench_speculate(
@@ -15,7 +15,9 @@ def bench_speculate(
     draft: Annotated[str | None, typer.Option(help="Its draft; the embedded model has one of its own.")] = None,
     speculate: Annotated[str, typer.Option(help="auto, draft or ngram.")] = "auto",
     batch: Annotated[str, typer.Option(help="Sequences that decode together, such as 1,4,16.")] = "1,2,4,8,16,32",
-    length: Annotated[int | None, typer.Option(help="The same number of guesses always; by goodput if left out.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="The same number of guesses always; by goodput if left out.")
+    ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(help="Compare shapes instead, in tokens per pass: chain:5, kary:2x5, fixed:16, dynamic:16."),
@@ -72,8 +74,14 @@ def bench_speculate(
             print(codec.dumps([r.to_json() for r in rows]))
             return
         table = Table("shape", "tokens per pass", "accepted", "target passes", "draft calls", title=model)
-        for r in rows:
-            table.add_row(r.name, f"{r.tokens_per_pass:.2f}", f"{r.accepted:.2f}", str(r.target_calls), str(r.draft_calls))
+        for row in rows:
+            table.add_row(
+                row.name,
+                f"{row.tokens_per_pass:.2f}",
+                f"{row.accepted:.2f}",
+                str(row.target_calls),
+                str(row.draft_calls),
+            )
         console.print(table)
         return
     if choose(target, speculate, draft) is None:
@@ -83,7 +91,7 @@ def bench_speculate(
         task = bar.add_task("decoding", total=1.0)
         results = measure_speculation(
             target,
-            lambda: choose(target, speculate, draft),  # type: ignore[arg-type,return-value]
+            lambda: choose(target, speculate, draft),
             asked,
             batches=batches,
             max_tokens=max_tokens,
@@ -108,3 +116,86 @@ def bench_speculate(
             console.print(f"batch {r.batch}: slower with speculation, by {1 - r.speedup:.1%}")
         if not r.same_tokens:
             console.print(f"batch {r.batch}: some answers differ at a near tie; --deterministic rules that out")
+
+
+def bench_attention(
+    context: Annotated[str, typer.Option(help="Tokens of context, such as 1k,32k or 1k..512k.")] = "1k..32k",
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key heads.")] = 2,
+    width: Annotated[int, typer.Option(help="Numbers of a head.")] = 64,
+    batch: Annotated[str, typer.Option(help="Sequences, such as 1,4,16.")] = "1,4",
+    ragged: Annotated[bool, typer.Option("--ragged", help="All sequences but the first have a quarter.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of each.")] = 9,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time decode attention by equal shares, by one task per head, by equal pieces, and by torch's kernel."""
+    import json as codec
+
+    import numba
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from hasten.clock import MonotonicClock
+    from hasten.errors import ConfigurationError
+    from hasten.language import lean
+    from hasten.language.attention import decode
+
+    clock = MonotonicClock()
+    try:
+        counts = [int(b) for b in batch.split(",")]
+        contexts = _contexts(context)
+    except ValueError:
+        raise ConfigurationError(
+            f"--context {context!r} or --batch {batch!r} cannot be read; write 1k,32k and 1,4"
+        ) from None
+    rows = []
+    for tokens in contexts:
+        for count in counts:
+            lengths = [tokens] + [max(1, tokens // 4) if ragged else tokens] * (count - 1)
+            pages = -(-tokens // 16)
+            keys, values = torch.randn(2, count * pages, kv_heads, 16, width)
+            tables = torch.arange(count * pages, dtype=torch.int32).view(count, pages)
+            query = torch.randn(count, heads, width)
+            times: dict[str, list[float]] = {b: [] for b in ("lean", "flash-2", "flash-decoding", "sdpa")}
+            for turn in range(rounds + 1):
+                for name in list(times) if turn % 2 else list(times)[::-1]:
+                    began = clock.now()
+                    decode(query, (keys, values), tables, lengths, backend=name)
+                    if turn:
+                        times[name].append(clock.now() - began)
+            middle = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+            plan = lean.partition(lengths, kv_heads, 256, numba.get_num_threads())
+            read = 2 * sum(lengths) * kv_heads * width * 4
+            rows.append(
+                {"context": tokens, "batch": count, "seconds": middle, "occupancy": plan.occupancy,
+                 "bytes_per_second": read / middle["lean"]}
+            )  # fmt: skip
+    if json:
+        print(codec.dumps(rows))
+        return
+    table = Table("context", "batch", "lean", "one task per head", "equal pieces", "torch, padded", "lean reads")
+    for row in rows:
+        seconds: dict[str, float] = row["seconds"]  # type: ignore[assignment]
+        rate = float(row["bytes_per_second"])  # type: ignore[arg-type]
+        table.add_row(
+            str(row["context"]),
+            str(row["batch"]),
+            *(f"{seconds[n] * 1e3:.2f} ms" for n in ("lean", "flash-2", "flash-decoding", "sdpa")),
+            f"{rate / 1e9:.1f} GB/s",
+        )
+    Console().print(table)
+
+
+def _contexts(text: str) -> list[int]:
+    def number(part: str) -> int:
+        part = part.strip().lower()
+        return int(part[:-1]) * 1024 if part.endswith("k") else int(part)
+
+    first, dots, last = text.partition("..")
+    if not dots:
+        return [number(p) for p in text.split(",")]
+    out = [number(first)]
+    while out[-1] * 2 <= number(last):
+        out.append(out[-1] * 2)
+    return out

@@ -73,7 +73,8 @@ def stream(
         print(dumps(document))
     elif summary is not None:
         console.print(
-            f"{len(costs)} chunks of {format_quantity(seconds, 'time')}: p50 {format_quantity(summary.at(50), 'time')}, "
+            f"{len(costs)} chunks of {format_quantity(seconds, 'time')}: "
+            f"p50 {format_quantity(summary.at(50), 'time')}, "
             f"p99 {format_quantity(summary.at(99), 'time')} of computing each; state {recogniser.state_bytes} bytes; "
             f"the recogniser's accuracy on recordings kept apart is {100 * figures['accuracy']:.1f} %"
         )

@@ -88,7 +88,8 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=12)
     executor = model.executor
     digest.update(str(executor.precision).encode())
-    digest.update(executor._embedding[:64].float().cpu().numpy().tobytes())
+    some = torch.arange(min(64, model.config.vocab_size))
+    digest.update(executor._embed(some).float().cpu().numpy().tobytes())
     digest.update(np.ascontiguousarray(_as_floats(executor._layers[-1].post_norm)).tobytes())
     return digest.hexdigest()
 
@@ -406,13 +407,14 @@ class KVCodec:
         from hasten.language.kvfiles import write_bytes
 
         buffer = io.BytesIO()
+        levels: dict[str, Any] = {f"level{n}": t.astype(np.float16) for n, t in self.tables.items()}
         np.savez_compressed(
             buffer, delta=self.delta, spread=self.spread, mean=self.mean,
             anchor_tables=self.anchor_tables.astype(np.float16),
             head=np.frombuffer(
                 json.dumps({"model": self.model, "group": self.group, "quality": self.quality}).encode(), np.uint8
             ),
-            **{f"level{n}": t.astype(np.float16) for n, t in self.tables.items()},
+            **levels,
         )  # fmt: skip
         write_bytes(path, buffer.getvalue())
 

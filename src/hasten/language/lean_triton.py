@@ -27,12 +27,12 @@ except ImportError:  # optional: comes with torch's CUDA builds
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _lean_kernel(
+    def _lean_kernel(  # type: ignore[no-untyped-def]
         query, keys, values, out, logs, tables, lengths, cuts, ends, hosts, pieces, scratch, sums, counters,
         scale, table_stride,
         kv_heads: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, width: tl.constexpr, page: tl.constexpr,
         tile: tl.constexpr, most: tl.constexpr,
-    ):  # fmt: skip  # type: ignore[no-untyped-def]
+    ):  # fmt: skip
         worker = tl.program_id(0)
         at = tl.load(cuts + worker)
         stop = tl.load(cuts + worker + 1)

@@ -1,7 +1,7 @@
 """A link whose bandwidth changes: how long a transfer takes that begins at a given time.
 
-Bandwidth is a step function of time, repeated for ever. Invariant: the bytes delivered up to ``finish(start, size)`` are
-those delivered up to ``start`` plus ``size``. Bytes, seconds, bytes per second.
+Bandwidth is a step function of time, repeated for ever. Invariant: the bytes delivered up to ``finish(start, size)``
+are those delivered up to ``start`` plus ``size``. Bytes, seconds, bytes per second.
 """
 
 from __future__ import annotations

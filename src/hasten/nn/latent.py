@@ -1,8 +1,8 @@
 """Latent attention: keys and values of a token as one short vector that all heads read (DeepSeek-V2, Liu et al. 2024).
 
 A token caches ``u`` (rope numbers, rotated) and ``c`` (rank numbers, not rotated). Head i scores
-``(B_i q_i turned) . u + (K_i q_i) . c`` and returns ``V_i (sum of a_t c_t)``: queries are absorbed into the latent side,
-so nothing is expanded per head. The rotation acts on the latent side, behind ``B_i``, so it stays right when the
+``(B_i q_i turned) . u + (K_i q_i) . c`` and returns ``V_i (sum of a_t c_t)``: queries are absorbed into the latent
+side, so nothing is expanded per head. The rotation acts on the latent side, behind ``B_i``, so it stays right when the
 factors are trained. ``pairs`` says which rotary frequency turns which pair of ``u``.
 """
 

@@ -342,7 +342,7 @@ class Engine:
         for seq in plan.preempt:
             self._preempt(seq)
         guesses: dict[int, Proposal] = {}
-        if self._speculator is not None and plan.chunks:
+        if self._speculator is not None and plan.chunks and self._speculator.willing(len(plan.chunks)):
             plan, guesses = self._guess(plan, self._speculator)
         guessed = self.clock.now() if self._speculator is not None else begin
         work = self._prepare(plan.chunks, begin, guesses) if plan.chunks else []

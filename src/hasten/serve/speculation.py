@@ -35,6 +35,8 @@ _PRIOR = (7.0, 3.0)
 _SHRINK = 20.0
 _ROWS = 4
 """rows of one sequence in the steps that are measured"""
+_BESIDE = (6e-5, 4e-6)
+"""seconds per step and per row that an engine takes beside its model, until steps have been seen"""
 _PIECE = 32
 """prompt tokens in a step from which nothing is guessed: such a step is long, and guesses would wait in it"""
 
@@ -133,7 +135,7 @@ class StepTimes:
                 executor.step(batch, cache)
                 taken.append(clock.now() - before)
             rows.append(count)
-            seconds.append(sorted(taken)[len(taken) // 2])
+            seconds.append(sorted(taken)[len(taken) // 2] + _BESIDE[0] + _BESIDE[1] * count)
             if clock.now() - began > limit and len(rows) >= 4:
                 break
         return cls(rows, seconds)
@@ -161,6 +163,9 @@ class StepTimes:
         for index in (high,) if self._rows[high] == rows or high == 0 else (high - 1, high):
             share = 1.0 - abs(self._rows[index] - rows) / rows
             self._seconds[index] *= 1.0 + change * max(0.0, share)
+        # What the engine does beside the model is in every step alike: a part of the surprise is everybody's.
+        shift = 0.02 * min(max(seconds - expected, -0.5 * expected), expected)
+        self._seconds = [t + shift for t in self._seconds]
         self._stale += 1
         if self._stale >= 16:  # more rows never take less
             self._seconds = np.maximum.accumulate(self._seconds).tolist()
@@ -233,7 +238,7 @@ class Candidate:
 class _Stage:
     """One proposer with what is known of it: how often its guesses stand, and what they cost."""
 
-    __slots__ = ("acceptance", "call", "proposer", "since", "token")
+    __slots__ = ("acceptance", "asleep", "call", "calls", "gain", "price", "proposer", "since", "token")
 
     def __init__(self, proposer: Proposer, window: int) -> None:
         self.proposer = proposer
@@ -241,15 +246,27 @@ class _Stage:
         self.call = 0.0  # seconds of asking, decaying average
         self.token = 0.0  # seconds per guess beside that
         self.since = 0  # steps since it was asked
+        self.gain = 1.2  # tokens per second of steps with its guesses over those of plain steps, decaying average
+        self.calls = 0
+        self.price = 0.0  # seconds that steps which asked it lost against plain ones, decaying average
+        self.asleep = False
 
     def note(self, seconds: float, tokens: int) -> None:
-        """Asking took so long and gave so many tokens."""
-        rate = 0.1 if self.call or self.token else 1.0
+        """Asking took so long and gave so many tokens. The first calls load code and do not count."""
+        self.calls += 1
+        if self.calls <= 2:
+            return
         if tokens == 0:
-            self.call += rate * (min(seconds, 4 * self.call or seconds) - self.call)
+            self.call = _towards(self.call, seconds)
         else:
-            per = max(0.0, seconds - self.call) / tokens
-            self.token += rate * (min(per, 4 * self.token or per) - self.token)
+            self.token = _towards(self.token, max(0.0, seconds - self.call) / tokens)
+
+
+def _towards(old: float, new: float) -> float:
+    """A decaying average that is quick to fall and slow to rise: what takes long now and then is not what it costs."""
+    if old == 0.0:
+        return new
+    return old + (0.3 if new < old else 0.05) * (min(new, 4 * old) - old)
 
 
 class Speculator:
@@ -271,10 +288,38 @@ class Speculator:
         self._stages = [_Stage(part, window) for part in parts]
         self._by_name = {stage.proposer.name: stage for stage in self._stages}
         self._expected = 0.0
+        self._given: list[Proposal] = []
+        self._extra = 0.0  # seconds per decode that a step with guesses takes beside its rows and its drafting
+        self._drafted = 0.0
+        self._asked: list[_Stage] = []
+        self._steps = 0
+        self._plain: dict[int, tuple[float, int]] = {}  # rows -> seconds of plain steps (decaying), how many were seen
 
     def reset(self) -> None:
         """Forget counters, not what was learnt."""
         self.stats = SpeculationStats()
+
+    def willing(self, decodes: int) -> bool:
+        """Whether guessing is worth a look in this step; cheap, and said once per step.
+
+        A proposer whose guesses have not paid, all costs counted, is left alone for a while that its losses decide.
+        """
+        if not isinstance(self.policy, GoodputSpeculation):
+            return True
+        # What a plain step takes must be seen, not believed: often at first, now and then later.
+        self._steps += 1
+        _, seen = self._plain.get(decodes, (0.0, 0))
+        if self._steps % (4 if seen < 6 else 64) == 0:
+            self._asked = []
+            return False
+        found = False
+        for stage in self._stages:
+            stage.since += 1
+            # A probe may cost one per cent of the steps between two of them.
+            pause = stage.price / max(0.01 * self._seconds(1), 1e-9)
+            stage.asleep = stage.gain < 1.0 and stage.since < pause
+            found = found or not stage.asleep
+        return found
 
     def extend(
         self, plan: StepPlan, candidates: Sequence[Candidate], free_blocks: int, block_size: int, clock: Clock
@@ -299,11 +344,17 @@ class Speculator:
         proposals: list[Proposal] = [_NONE] * len(candidates)
         left = [i for i, limit in enumerate(limits) if limit]
         began = clock.now()
+        self._drafted = 0.0
+        self._asked = []
+        self._given = []
         for stage in self._stages:
             if not left:
                 break
+            if stage.asleep:
+                continue
             left = self._ask(stage, candidates, contexts, limits, pieces, left, proposals, clock)
         out = {c.request.seq: p for c, p in zip(candidates, proposals, strict=True) if p.tokens}
+        self._given = list(out.values())
         if not out:
             return plan, {}
         expected = len(candidates) + sum(sum(p.survival) for p in out.values())
@@ -337,14 +388,10 @@ class Speculator:
             if stage.call + stage.token > 0.01 * step:  # guessing costs something: only where it pays
                 found = self._decide(alphas, [contexts[i] for i in left], len(candidates) - len(left), pieces, lengths,
                                      None, DraftCost(fixed=stage.call, per_token=stage.token))  # fmt: skip
-                stage.since += 1
                 if not any(found):
                     if stage.since < policy.probe_every:  # type: ignore[attr-defined]
                         return left
                     found, probing = [min(1, n) for n in lengths], True
-                else:
-                    # Alpha is an average over good and bad guesses: ask for more, and cut when they are there.
-                    found = [min(n, k + 2) if k else 0 for k, n in zip(found, lengths, strict=True)]
                 lengths = found
         stage.since = 0
         asked = [i for i, n in zip(left, lengths, strict=True) if n]
@@ -353,7 +400,10 @@ class Speculator:
             Ask(candidates[i].request.seq, candidates[i].tokens, n) for i, n in zip(left, lengths, strict=True) if n
         ]
         answers = stage.proposer.propose(asks)
-        stage.note(clock.now() - began, sum(len(p.tokens) for p in answers))
+        spent = clock.now() - began
+        self._drafted += spent
+        self._asked.append(stage)
+        stage.note(spent, sum(len(p.tokens) for p in answers))
         given = [(i, p) for i, p in zip(asked, answers, strict=True) if p.tokens]
         if not given:
             return left
@@ -372,6 +422,8 @@ class Speculator:
         survival: list[tuple[float, ...]] | None, draft: DraftCost | None,
     ) -> list[int]:  # fmt: skip
         """Lengths by the policy; few sequences on measured times take a path without arrays that gives the same."""
+        fixed = self._extra * (len(alphas) + others) + (draft.fixed if draft else 0.0)
+        each = draft.per_token if draft else 0.0
         if len(alphas) > 4 or not isinstance(self.times, StepTimes):
             # Sequences that nobody guesses for are in the step all the same, with one row each.
             more = [0.0] * others
@@ -383,7 +435,7 @@ class Speculator:
                     [*limits, *([0] * others)],
                     cost=self.times,
                     survival=None if survival is None else [*survival, *([()] * others)],
-                    draft=draft or DraftCost(),
+                    draft=DraftCost(fixed=fixed, per_token=each),
                 )  # fmt: skip
             )[: len(alphas)]
         places = []
@@ -395,8 +447,9 @@ class Speculator:
         places.sort()
         rows = len(alphas) + others + pieces
         kept = float(len(alphas) + others)
-        at, fixed, each = self.times.at, draft.fixed if draft else 0.0, draft.per_token if draft else 0.0
-        best, rate, drafting = 0, kept / max(at(rows), 1e-12), fixed
+        at = self.times.at
+        idle = self._plain.get(rows, (at(rows), 0))[0]
+        best, rate, drafting = 0, kept / max(idle, 1e-12), fixed
         for count, (chance, _, _) in enumerate(places, 1):
             kept -= chance
             drafting += each
@@ -419,13 +472,28 @@ class Speculator:
 
     def learn_step(self, rows: int, seconds: float, tokens: int, whole: float, *, guessed: bool) -> None:
         """A step of so many rows took ``seconds`` after the guessing, ``whole`` with it, and brought so many tokens."""
-        if isinstance(self.times, StepTimes):
-            self.times.learn(rows, seconds)
-        if guessed and whole > 0:
+        if not guessed:
+            if isinstance(self.times, StepTimes):
+                self.times.learn(rows, seconds)
+            if not self._asked:
+                old, seen = self._plain.get(rows, (seconds, 0))
+                new = min(seconds, 2 * old)
+                self._plain[rows] = (old + max(0.1, 1 / (seen + 1)) * (new - old), seen + 1)
+        elif whole > 0:
             stats = self.stats
             rate = 1.0 if stats.predicted_goodput == 0.0 else 0.05
             stats.predicted_goodput += rate * (self._expected - stats.predicted_goodput)
             stats.observed_goodput += rate * (tokens / whole - stats.observed_goodput)
+            decodes = rows - sum(len(p.tokens) for p in self._given)
+            self._extra = _towards(self._extra, max(0.0, whole - self._drafted - self._seconds(rows)) / max(decodes, 1))
+        if self._asked and whole > 0:  # what asking costs counts whether or not anything came of it
+            decodes = rows - (sum(len(p.tokens) for p in self._given) if guessed else 0)
+            plain = decodes / max(self._plain.get(decodes, (self._seconds(decodes), 0))[0], 1e-12)
+            for stage in self._asked:
+                rate = 0.05 if stage.gain >= 1.0 else 0.2
+                stage.gain += rate * (min(tokens / whole / plain, 16.0) - stage.gain)
+                stage.price += 0.2 * (max(0.0, whole - tokens / plain) - stage.price)
+            self._asked = []
 
     def forget(self, seq: int) -> None:
         """The sequence has ended."""

@@ -301,7 +301,7 @@ class AstroLM(nn.Module):
     def spike_rates(self, tokens: Tensor) -> dict[str, float]:
         """Share of on or off spikes of the neurons, keys, values and feed-forward neurons on tokens (batch, time)."""
         heard: dict[str, list[float]] = {"neuron": [], "key": [], "value": [], "feed-forward": []}
-        removes = []
+        removes: list[Any] = []
         for mixer in self.mixers:
             order = iter(["neuron", "key", "value"])
             note: Any = lambda s, order=order: heard[next(order)].append(float(s.abs().mean()))  # noqa: E731

@@ -1,6 +1,7 @@
 """Exit on confidence: each input stops on its own as soon as the network is sure enough.
 
-"Unleashing the Potential of Spiking Neural Networks by Dynamic Confidence", Li, Jones, Furber, ICCV 2023, arXiv:2303.10276.
+"Unleashing the Potential of Spiking Neural Networks by Dynamic Confidence", Li, Jones, Furber, ICCV 2023,
+arXiv:2303.10276.
 The output layer accumulates ``o[t] = o[t-1] + W s[t]``; the confidence is ``c[t] = max softmax(o[t] / alpha)``; a
 sample stops at the first t with ``c[t] > theta``. No parameter is added and nothing is retrained.
 Differs from the paper in: alpha follows from calibration (mean confidence equals accuracy at the last step) unless it
@@ -121,7 +122,8 @@ class ConfidenceExit(Exit):
         if len(labels) < _FEW:
             low, high = thresholds.interval(0.9, max(1, len(labels)))
             warnings.warn(
-                f"{len(labels)} calibration samples leave an accuracy of 90 % between {low:.1%} and {high:.1%}; give more",
+                f"{len(labels)} calibration samples leave an accuracy of 90 % between {low:.1%} and "
+                f"{high:.1%}; give more",
                 stacklevel=2,
             )
         logits, spikes = record(network, inputs, max_timesteps or network.timesteps, batch=batch)
@@ -259,7 +261,7 @@ def run_until(network: SpikingNetwork, inputs: Tensor, policy: Exit, max_timeste
     steps = max_timesteps or network.timesteps
     size = inputs.shape[0 if network.direct else 1]
     prefix = network.constant_prefix() if network.direct else 0
-    shown = nn.Sequential(*network.layers[:prefix])(inputs) if prefix else inputs
+    shown = network.layers[:prefix](inputs) if prefix else inputs
     alive = torch.arange(size)
     state = network.init_state()
     total: Tensor | None = None

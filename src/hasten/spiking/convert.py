@@ -91,11 +91,11 @@ def quantised(model: nn.Module, calibration: Tensor, levels: int = 4, percentile
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Layers of nested Sequentials in order, or of a module whose only child is one."""
     children = list(model.named_children())
-    if not isinstance(model, nn.Sequential):
-        if len(children) != 1 or not isinstance(children[0][1], nn.Sequential):
-            raise ConversionError(
-                f"{prefix or 'the model'} is a {type(model).__name__}; only nn.Sequential of layers can be converted"
-            )
+    wraps = len(children) == 1 and isinstance(children[0][1], nn.Sequential)
+    if not isinstance(model, nn.Sequential) and not wraps:
+        raise ConversionError(
+            f"{prefix or 'the model'} is a {type(model).__name__}; only nn.Sequential of layers can be converted"
+        )
     for name, child in children:
         path = f"{prefix}{name}"
         if isinstance(child, nn.Sequential):
@@ -184,7 +184,8 @@ def _plain_layers(model: nn.Module, bias: str) -> list[tuple[str, nn.Module]]:
     for name, layer in _walk(model):
         if not _known(layer):
             raise ConversionError(
-                f"layer {name!r} ({type(layer).__name__}) has no spiking counterpart; use convolution, linear, ReLU, pooling"
+                f"layer {name!r} ({type(layer).__name__}) has no spiking counterpart; "
+                "use convolution, linear, ReLU, pooling"
             )
         if isinstance(layer, _NORMS):
             if not layers or not isinstance(layers[-1][1], _WEIGHTED):
@@ -195,7 +196,8 @@ def _plain_layers(model: nn.Module, bias: str) -> list[tuple[str, nn.Module]]:
     for name, layer in layers:
         if isinstance(layer, _WEIGHTED) and layer.bias is not None and bias == "refuse":
             raise ConversionError(
-                f"layer {name!r} has a bias after conversion; train without bias, or give bias='keep' for a constant current"
+                f"layer {name!r} has a bias after conversion; train without bias, or give bias='keep' "
+                "for a constant current"
             )
     return layers
 

@@ -21,8 +21,8 @@ def spiking_cost(network: nn.Module, x: Tensor) -> SynapticCost:
     >>> import torch
     >>> from hasten.spiking.layers import IF
     >>> net = SpikingNetwork([nn.Linear(4, 8, bias=False), IF(), nn.Linear(8, 3, bias=False)], timesteps=5)
-    >>> cost = spiking_cost(net, torch.full((2, 4), 0.0))
-    >>> cost.accumulates, cost.state_bytes, cost.state_traffic
+    >>> cost = spiking_cost(net, torch.full((2, 4), 0.5))
+    >>> cost.macs, cost.state_bytes, cost.state_traffic
     (160.0, 32, 320.0)
     """
     if not isinstance(network, SpikingNetwork):

@@ -49,7 +49,8 @@ def _slots(max_delay: float, step: float) -> int:
 def _binary(spikes: Tensor) -> None:
     if not bool(((spikes == 0) | (spikes == 1)).all()):
         raise ConfigurationError(
-            f"delays carry spikes of 0 or 1, got values from {float(spikes.min()):g} to {float(spikes.max()):g}; encode first"
+            f"delays carry spikes of 0 or 1, got values from {float(spikes.min()):g} to "
+            f"{float(spikes.max()):g}; encode first"
         )
 
 
@@ -115,7 +116,8 @@ class Affine(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm1d) -> None:
         super().__init__()
-        assert norm.running_var is not None and norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
         scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
         self.scale: Tensor
         self.shift: Tensor

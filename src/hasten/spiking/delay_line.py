@@ -34,7 +34,7 @@ def on_grid(weight: Tensor) -> Tensor:
 
 @njit(cache=True, parallel=True)
 def _run(spikes: Any, weight: Any, delay: Any, ring: Any, cursor: int, out: Any) -> None:
-    """spikes (time, batch, in) uint8-like; weight, delay (in, out); ring (batch, slots, out); out (time, batch, out)."""
+    """spikes (time, batch, in) of bool; weight, delay (in, out); ring (batch, slots, out); out (time, batch, out)."""
     steps, batch, inputs = spikes.shape
     slots, outputs = ring.shape[1], ring.shape[2]
     for b in prange(batch):
@@ -64,7 +64,8 @@ class DelayLine:
     def __init__(self, weight: Tensor, delay: Tensor, batch: int = 1) -> None:
         if delay.dtype.is_floating_point or int(delay.min()) < 0 or weight.shape != delay.shape:
             raise ConfigurationError(
-                f"delays are whole steps, one per weight; got {delay.dtype} of {tuple(delay.shape)} from {delay.min()} for "
+                f"delays are whole steps, one per weight; got {delay.dtype} of {tuple(delay.shape)} from "
+                f"{delay.min()} for "
                 f"weights of {tuple(weight.shape)}"
             )
         self._weight = np.ascontiguousarray(weight.detach().float().t().numpy())

@@ -97,7 +97,8 @@ def _node(nir: Any, name: str, layer: nn.Module, shape: tuple[int, ...], dt: flo
             raise _refuse(name, "a decay of 1 is an IF neuron")
         if type(layer) is LIF:
             return nir.LIF(tau=tau, r=tau / dt, v_leak=np.zeros(shape), v_threshold=threshold)
-        synapse = dt / (1 - _full(layer.synapse, shape))
+        kept: Any = layer.synapse
+        synapse = dt / (1 - _full(kept, shape))
         return nir.CubaLIF(
             tau_syn=synapse, tau_mem=tau, r=tau / dt, v_leak=np.zeros(shape), v_threshold=threshold, w_in=synapse / dt
         )

@@ -176,8 +176,15 @@ class PLIF(Neuron):
 
     raw: Tensor
 
-    def __init__(self, tau_over_dt: float = 2.0, threshold: float | Tensor = 1.0, reset: Reset = "zero",
-                 surrogate: Surrogate | str = "arctan", detach: bool = True, learn: tuple[str, ...] = ("raw",)) -> None:  # fmt: skip
+    def __init__(
+        self,
+        tau_over_dt: float = 2.0,
+        threshold: float | Tensor = 1.0,
+        reset: Reset = "zero",
+        surrogate: Surrogate | str = "arctan",
+        detach: bool = True,
+        learn: tuple[str, ...] = ("raw",),
+    ) -> None:
         super().__init__(threshold, reset, surrogate, detach, learn)
         if not tau_over_dt > 1:
             raise ConfigurationError(f"a membrane of {tau_over_dt} steps forgets at once; give more than 1")

@@ -79,6 +79,7 @@ class SpikingNetwork(nn.Module):
         waiting = self.direct  # the input is the same at every step until the first neurons
         for stateful, group in groupby(self.layers, has_state):
             if stateful:
+                layer: Any
                 for layer in group:
                     if waiting:
                         x, waiting = x.expand(steps, *x.shape[1:]), False
@@ -108,6 +109,7 @@ class SpikingNetwork(nn.Module):
         """One step that begins at layer ``first``, and the spikes of each sample (batch,) in it."""
         following: list[Any] = list(state)
         spikes = torch.zeros(len(x))
+        layer: Any
         for index, layer in enumerate(self.layers):
             if index < first:
                 continue

@@ -23,8 +23,8 @@ from hasten.spiking.surrogate import Surrogate, spike
 
 __all__ = [
     "AdaptiveParameters", "AdaptiveState", "AlphaParameters", "AlphaState", "LIFParameters", "Reset",
-    "SynapticParameters", "SynapticState", "adaptive_step", "alpha_step", "decay_of", "if_step", "leak_step", "lif_step",
-    "plif_step", "synaptic_step",
+    "SynapticParameters", "SynapticState", "adaptive_step", "alpha_step", "decay_of", "if_step", "leak_step",
+    "lif_step", "plif_step", "synaptic_step",
 ]  # fmt: skip
 
 Reset = Literal["zero", "subtract", "late"]

@@ -58,6 +58,9 @@ class Heard:
         return self.decided - self.begin
 
 
+_EAR, _CONFIG = Cochlea(), RecogniserConfig()
+
+
 class Recogniser:
     """Samples in, words out: ``push(samples)`` gives a :class:`Heard` when a word is decided.
 
@@ -65,7 +68,7 @@ class Recogniser:
     sound gives the same words.
     """
 
-    def __init__(self, net: DelayNet, ear: Cochlea = Cochlea(), config: RecogniserConfig = RecogniserConfig()) -> None:
+    def __init__(self, net: DelayNet, ear: Cochlea = _EAR, config: RecogniserConfig = _CONFIG) -> None:
         self.net = net if net.discrete else net.discretise()
         self.ear, self.config = ear, config
         self._cochlea, self._stream = CochleaStream(ear), self.net.stream()

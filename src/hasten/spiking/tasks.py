@@ -25,12 +25,15 @@ def coincidence(
 ) -> Coincidence:
     """Each line fires once; a class is nothing but the times at which its lines fire relative to each other.
 
-    The times of a class are whole steps from 0 to ``span``, drawn from ``plant``; a sample starts them at a random
-    moment and moves each by up to ``jitter`` steps. Counts and rates are the same for all classes.
+    The times of a class are different whole steps from 0 to ``span``, drawn from ``plant``. A sample starts them at a
+    random moment and moves each by up to ``jitter`` steps. Counts and rates are the same for all classes.
     """
     if span + 2 * jitter >= steps:
         raise ConfigurationError(f"times up to {span} with a jitter of {jitter} do not fit {steps} steps")
-    times = torch.randint(0, span + 1, (classes, lines), generator=torch.Generator().manual_seed(plant))
+    if lines > span + 1:
+        raise ConfigurationError(f"{lines} lines at different times need a span of {lines - 1} steps, got {span}")
+    drawn = torch.rand(classes, span + 1, generator=torch.Generator().manual_seed(plant))
+    times = drawn.argsort(1)[:, :lines]  # no two at once: without delays nothing ever coincides
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (samples,), generator=g)
     start = torch.randint(jitter, steps - span - jitter, (samples, 1), generator=g)

@@ -106,7 +106,8 @@ class TimestepReduction:
             )
         if len(self._epochs()) != len(self.schedule) - 1 or min(self._epochs(), default=0) < 0:
             raise ConfigurationError(
-                f"epochs {self.epochs} do not fit the schedule {self.schedule}: one number, or one per stage after the first"
+                f"epochs {self.epochs} do not fit the schedule {self.schedule}: "
+                "one number, or one per stage after the first"
             )
 
     def _epochs(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Fault-injecting twins of an index's files: a disk that loses power, and a disk that is slow.
 
-A power cut leaves what was synced, and of what was not synced any prefix; a new name or a rename is kept only if its folder was
-synced. :class:`CrashingFolder` does this to a real folder at the operation with a given number.
+A power cut leaves what was synced, and of what was not synced any prefix; a new name or a rename is kept only if its
+folder was synced. :class:`CrashingFolder` does this to a real folder at the operation with a given number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class PowerCutError(Exception):
 class CrashingFolder(DiskFolder):
     """A folder whose operation number ``stop`` (from 0) is cut by a power failure; later ones fail too.
 
-    ``torn`` is the share of unsynced bytes that reach the disk anyway. Call :meth:`settle` after the failure: it leaves the folder
-    as a machine would find it at the next start.
+    ``torn`` is the share of unsynced bytes that reach the disk anyway. Call :meth:`settle` after the failure: it
+    leaves the folder as a machine would find it at the next start.
     """
 
     def __init__(self, path: Path, stop: int | None = None, torn: float = 0.0, **options: Any) -> None:

@@ -145,7 +145,7 @@ class _Bench:
 
     def predict(self, point: Point) -> Mapping[str, float] | None:
         """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
-        if point["format"] == "unchanged":
+        if point["format"] not in _BITS:  # unchanged weights
             return {"size": float(self.size)}
         bits, saved = _BITS[point["format"]], 0.0
         skip = recipe_of(point, self.model).techniques[0].skip  # type: ignore[attr-defined]

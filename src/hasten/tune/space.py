@@ -97,22 +97,42 @@ _KEEP = ("none", "first", "last", "first and last")
 
 
 def recipe_space(model: nn.Module) -> Space:
-    """Weight formats with a kernel on this machine, group sizes of int4, and which end layers keep their precision."""
+    """Weight formats with a kernel on this machine, group sizes of int4, and which end layers keep their precision.
+
+    A spiking network may also run for fewer timesteps.
+    """
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
-    groups = tuple(int(k.name.partition("-g")[2]) for k in available() if k.precision == "int4")
+    groups = tuple(int(k.name.partition("-g")[2]) for k in available() if k.precision == "int4" and "-g" in k.name)
     keep = _KEEP if len(linears) > 2 else _KEEP[:1]
-    knobs = [Knob("format", ("unchanged", *formats)) if linears else Knob("format", ("unchanged",))]
+    fewer = _fewer_timesteps(model)
+    choices = ("unchanged", *(formats if linears else ()), *(("timesteps",) if fewer else ()))
+    knobs = [Knob("format", choices)]
+    if fewer:
+        knobs.append(Knob("timesteps", fewer, lambda p: p["format"] == "timesteps"))
     if groups:
         knobs.append(Knob("group", groups, lambda p: p["format"] == "int4"))
     knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
     return Space(tuple(knobs))
 
 
+def _fewer_timesteps(model: nn.Module) -> tuple[int, ...]:
+    """All smaller numbers of timesteps, or about eight of them where there are many; none for other models."""
+    steps = getattr(model, "timesteps", None)
+    if not isinstance(steps, int) or not hasattr(model, "with_timesteps"):
+        return ()
+    stride = max(1, steps // 8)
+    return tuple(dict.fromkeys([*range(steps - stride, 0, -stride), *((1,) if steps > 1 else ())]))
+
+
 def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
     """The recipe that a point of :func:`recipe_space` stands for; ``tokens`` is the rows a layer sees at a time."""
     if point["format"] == "unchanged":
         return Recipe()
+    if point["format"] == "timesteps":
+        from hasten.spiking.timesteps import Timesteps  # the room is loaded only for its own networks
+
+        return Recipe((Timesteps(point["timesteps"]),))
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     kept = {"none": (), "first": linears[:1], "last": linears[-1:], "first and last": (linears[0], linears[-1])}
     skip = tuple(dict.fromkeys(kept[point.get("keep", "none")]))

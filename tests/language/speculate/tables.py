@@ -23,9 +23,7 @@ class Table:
 
     def distributions(self, head=()):
         """As a shape wants it."""
-        return lambda tree, nodes: np.stack(
-            [self((*head, *(tree.tokens[i] for i in tree.path(n)))) for n in nodes]
-        )
+        return lambda tree, nodes: np.stack([self((*head, *(tree.tokens[i] for i in tree.path(n)))) for n in nodes])
 
 
 def target_rows(target, tree, head=()):

@@ -41,7 +41,9 @@ def models():
 
 @pytest.fixture(scope="module")
 def prompt(models):
-    text = "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def add(self, other):\n"
+    text = (
+        "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def add(self, o):\n"
+    )
     return models[0].tokenizer.encode(text)
 
 

@@ -1,5 +1,5 @@
 """Small collections, and the slow obvious search that everything is compared with."""
-"""Small collections, and the slow obvious search that everything is compared with."""
+
 from types import SimpleNamespace
 
 import numpy as np

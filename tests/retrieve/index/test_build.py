@@ -59,7 +59,9 @@ def test_bytes_from_the_files_of_the_field(tmp_path):
     rows, queries = hr.clustered(500, 8, 5, dtype=np.uint8)
     write_bin(tmp_path / "rows.u8bin", rows)
     write_vecs(tmp_path / "rows.bvecs", rows)
-    found = [answers(hr.Spann.build(tmp_path / n, tmp_path / f"{n}.spann"), queries) for n in ("rows.u8bin", "rows.bvecs")]
+    found = [
+        answers(hr.Spann.build(tmp_path / n, tmp_path / f"{n}.spann"), queries) for n in ("rows.u8bin", "rows.bvecs")
+    ]
     assert found[0] == found[1]
     np.testing.assert_array_equal(read_vectors(tmp_path / "rows.bvecs"), rows)
 
@@ -77,11 +79,11 @@ def test_hdf5_in_the_layout_of_ann_benchmarks(small, tmp_path):
 
 def test_parquet_columns(small, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     rows, queries = small
     table = pyarrow.table({"v": list(rows), "n": np.arange(500)})
-    pyarrow.parquet.write_table(table, tmp_path / "set.parquet")
+    parquet.write_table(table, tmp_path / "set.parquet")
     assert answers(hr.Spann.build(tmp_path / "set.parquet", tmp_path / "index", column="v"), queries)
     with pytest.raises(DataError, match="it has v, n"):
         open_source(tmp_path / "set.parquet")
@@ -134,8 +136,16 @@ def test_damaged_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"metric": "hamming"}, {"head_ratio": 0.0}, {"replicas": 0}, {"heads": "best"}, {"degree": 2}, {"memory": "3 apples"}, {"speed": 9}],
-)  # fmt: skip
+    [
+        {"metric": "hamming"},
+        {"head_ratio": 0.0},
+        {"replicas": 0},
+        {"heads": "best"},
+        {"degree": 2},
+        {"memory": "3 apples"},
+        {"speed": 9},
+    ],
+)
 def test_options_that_cannot_be_meant(knobs, tmp_path):
     with pytest.raises(ValueError, match=r"\w"):
         hr.Spann.build(np.ones((10, 3), np.float32), tmp_path / "index", **knobs)
@@ -206,18 +216,23 @@ def test_a_build_keeps_to_its_memory(tmp_path):
     np.save(tmp_path / "rows.npy", rows)  # 117 MiB
     memory = 72 << 20
     out = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), str(memory)], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(memory)],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"},
-    )  # fmt: skip
+    )
     assert int(out.stdout) <= 1.3 * memory
 
 
 def test_the_index_needs_neither_torch_nor_the_other_rooms(tmp_path):
     code = (
         "import sys, numpy as np, hasten.retrieve as hr\n"
-        f"i = hr.Spann.build(np.random.default_rng(0).normal(size=(300, 4)).astype('f4'), {str(tmp_path / 'index')!r})\n"
+        "rows = np.random.default_rng(0).normal(size=(300, 4)).astype('f4')\n"
+        f"i = hr.Spann.build(rows, {str(tmp_path / 'index')!r})\n"
         "i.search(np.zeros((1, 4), 'f4'), 3); i.verify(); i.close()\n"
-        "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'matplotlib', 'ray', 'h5py', 'pyarrow', 'uvicorn')]\n"
+        "heavy = ('torch', 'matplotlib', 'ray', 'h5py', 'pyarrow', 'uvicorn')\n"
+        "bad = [m for m in sys.modules if m.split('.')[0] in heavy]\n"
         "bad += [m for m in sys.modules if m.startswith(('hasten.language', 'hasten.serve', 'hasten.nn'))]\n"
         "print(sorted(bad))"
     )

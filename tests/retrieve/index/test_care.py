@@ -167,7 +167,9 @@ def test_memory_counts_every_part(built):
 def test_a_log_that_is_cut_anywhere_gives_its_whole_records(sizes, cut, seed):
     rng = np.random.default_rng(seed)
     records = [
-        wal.Record(wal.ADD, np.arange(n), rng.normal(size=(n, 3)).astype(np.float32), {"a": list(range(n))} if n else {})
+        wal.Record(
+            wal.ADD, np.arange(n), rng.normal(size=(n, 3)).astype(np.float32), {"a": list(range(n))} if n else {}
+        )
         if n % 2
         else wal.Record(wal.DELETE, np.arange(n), None, {})
         for n in sizes
@@ -210,7 +212,11 @@ def test_merged_reads_cover_every_request_once(requests, gap):
 
 # --- filters ---------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"year": np.array([1999, 2005, 2020]), "lang": np.array(["en", "de", "en"]), "draft": np.array([True, False, False])}
+COLUMNS = {
+    "year": np.array([1999, 2005, 2020]),
+    "lang": np.array(["en", "de", "en"]),
+    "draft": np.array([True, False, False]),
+}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,9 @@ def test_conditions(where, wanted):
     assert evaluate(where, COLUMNS, 3).astype(int).tolist() == wanted
 
 
-@pytest.mark.parametrize(("where", "word"), [({"x": 1}, "year, lang, draft"), ({"year": {"over": 3}}, "min, max, in, not")])
+@pytest.mark.parametrize(
+    ("where", "word"), [({"x": 1}, "year, lang, draft"), ({"year": {"over": 3}}, "min, max, in, not")]
+)
 def test_conditions_that_cannot_be_meant(where, word):
     with pytest.raises(InvalidRequestError, match=word):
         evaluate(where, COLUMNS, 3)

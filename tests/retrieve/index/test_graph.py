@@ -21,7 +21,17 @@ def linked(heads, metric=0, degree=16, threads=1, alpha=1.0):
     groups = make_seeds(mapped(heads, metric, largest))
     seeds = seed_arrays(heads, groups)
     graph = np.full((len(heads), degree), -1, np.int32)
-    link_heads(heads, extra, graph, seeds, metric, largest, np.random.default_rng(0).permutation(len(heads)), alpha=alpha, threads=threads)
+    link_heads(
+        heads,
+        extra,
+        graph,
+        seeds,
+        metric,
+        largest,
+        np.random.default_rng(0).permutation(len(heads)),
+        alpha=alpha,
+        threads=threads,
+    )
     return extra, graph, seeds, largest
 
 
@@ -38,9 +48,23 @@ def test_the_walk_finds_the_nearest_heads(metric):
     pool_d, pool_i = np.empty((100, 64), np.float32), np.empty((100, 64), np.int32)
     sizes, checks = np.zeros(100, np.int64), np.zeros(100, np.int64)
     walk_many(
-        prepared, consts, augs, heads, extra, graph, seeds, code, 64, 1 << 30, np.zeros(2500, np.uint16), np.zeros(1, np.int64),
-        pool_d, pool_i, sizes, checks,
-    )  # fmt: skip
+        prepared,
+        consts,
+        augs,
+        heads,
+        extra,
+        graph,
+        seeds,
+        code,
+        64,
+        1 << 30,
+        np.zeros(2500, np.uint16),
+        np.zeros(1, np.int64),
+        pool_d,
+        pool_i,
+        sizes,
+        checks,
+    )
     rows = mapped(heads, code, largest)
     asked = prepared[:, : rows.shape[1]].copy()
     if code == 2:
@@ -61,9 +85,23 @@ def test_max_check_bounds_the_walk():
     checks = np.zeros(20, np.int64)
     prepared, consts, augs = prepare(queries, 0, 0.0)
     walk_many(
-        prepared, consts, augs, heads, extra, graph, seeds, 0, 64, 150, np.zeros(2000, np.uint16), np.zeros(1, np.int64),
-        np.empty((20, 64), np.float32), np.empty((20, 64), np.int32), np.zeros(20, np.int64), checks,
-    )  # fmt: skip
+        prepared,
+        consts,
+        augs,
+        heads,
+        extra,
+        graph,
+        seeds,
+        0,
+        64,
+        150,
+        np.zeros(2000, np.uint16),
+        np.zeros(1, np.int64),
+        np.empty((20, 64), np.float32),
+        np.empty((20, 64), np.int32),
+        np.zeros(20, np.int64),
+        checks,
+    )
     assert checks.max() <= 150 + graph.shape[1]
 
 
@@ -78,9 +116,23 @@ def test_marks_survive_their_wrap():
         out = np.empty((1, 16), np.int32)
         for _ in range(3):
             walk_many(
-                prepared, consts, augs, heads, extra, graph, seeds, 0, 16, 1 << 30, stamps, epoch, np.empty((1, 16), np.float32),
-                out, np.zeros(1, np.int64), np.zeros(1, np.int64),
-            )  # fmt: skip
+                prepared,
+                consts,
+                augs,
+                heads,
+                extra,
+                graph,
+                seeds,
+                0,
+                16,
+                1 << 30,
+                stamps,
+                epoch,
+                np.empty((1, 16), np.float32),
+                out,
+                np.zeros(1, np.int64),
+                np.zeros(1, np.int64),
+            )
             answers.append(out.copy())
     assert all(np.array_equal(a, answers[0]) for a in answers)
 
@@ -110,7 +162,17 @@ def test_the_rng_rule_in_words(seed, degree, alpha):
     order = np.argsort(distance).astype(np.int32)
     kept = np.empty(degree, np.int32)
     count = prune(
-        heads, np.zeros(0, np.float32), 0, order, distance[order], 40, degree, alpha, kept, np.zeros((degree + 1, 16), np.float32), -1
+        heads,
+        np.zeros(0, np.float32),
+        0,
+        order,
+        distance[order],
+        40,
+        degree,
+        alpha,
+        kept,
+        np.zeros((degree + 1, 16), np.float32),
+        -1,
     )
     wanted = []
     between = squares(heads, heads)
@@ -160,7 +222,9 @@ def test_closure_in_words(metric, rule):
 def test_cutting_never_drops_the_last_copy(seed, limit):
     rng = np.random.default_rng(seed)
     begins = np.concatenate([[0], np.cumsum(rng.integers(0, 9, 8))])
-    rows = np.concatenate([rng.choice(12, b - a, replace=False) for a, b in zip(begins, begins[1:], strict=False)]).astype(np.int64)
+    rows = np.concatenate(
+        [rng.choice(12, b - a, replace=False) for a, b in zip(begins, begins[1:], strict=False)]
+    ).astype(np.int64)
     copies = np.bincount(rows, minlength=12).astype(np.uint8)
     before, keep = copies.copy(), np.ones(len(rows), bool)
     dropped, beyond = cut_lists(begins, rows, limit, copies, keep)

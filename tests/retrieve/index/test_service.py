@@ -2,7 +2,11 @@
 
 import asyncio
 import shutil
+import signal
+import socket
 import struct
+import subprocess
+import sys
 
 import httpx
 import numpy as np
@@ -85,7 +89,9 @@ def test_rows_come_and_go(app, collection):
     _, queries = collection
     body = {"ids": [9000, 9001], "vectors": queries[:2].tolist(), "attributes": {"lang": ["en", "de"]}}
     assert call(app, ("POST", "/add", {"json": body}))[0].json() == {"rows": 2002}
-    found = call(app, ("POST", "/search", {"json": {"vector": queries[0].tolist(), "k": 1, "where": {"lang": "en"}}}))[0]
+    found = call(app, ("POST", "/search", {"json": {"vector": queries[0].tolist(), "k": 1, "where": {"lang": "en"}}}))[
+        0
+    ]
     assert found.json()["ids"] == [[9000]]
     assert call(app, ("POST", "/add", {"json": body}))[0].status_code == 400
     assert call(app, ("POST", "/upsert", {"json": body}))[0].json() == {"rows": 2002}
@@ -129,6 +135,40 @@ def test_a_body_over_the_limit(built):
         app = IndexApp(index, max_body=100)
         assert call(app, ("POST", "/search", {"content": b"x" * 101}))[0].status_code == 413
         app.batcher.close()
+
+
+def test_a_read_only_server_refuses_changes(built):
+    with hr.Spann.open(built, read_only=True) as index:
+        app = IndexApp(index)
+        answers = call(app, ("POST", "/compact"), ("POST", "/delete", {"json": {"ids": [1]}}))
+        assert [a.status_code for a in answers] == [400, 400]
+        assert all("read-only" in a.json()["error"]["message"] for a in answers)
+        app.batcher.close()
+
+
+@pytest.mark.slow
+def test_a_server_serves_and_stops(built, tmp_path):
+    shutil.copytree(built, tmp_path / "index")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = "from hasten.cli.main import run; run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "index", "serve", str(tmp_path / "index"), "--port", str(port)]
+    )
+    try:
+        transport = httpx.HTTPTransport(retries=8)  # it waits longer each time until the server listens
+        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert client.get("/health").json()["rows"] == 2000
+            answer = client.post("/search", json={"vector": [0.0] * 12, "k": 3})
+            assert len(answer.json()["ids"][0]) == 3
+            assert client.post("/delete", json={"ids": [1]}).json() == {"deleted": 1, "rows": 1999}
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+    with hr.Spann.open(tmp_path / "index") as index:  # the lock is free, the change is there
+        assert len(index) == 1999
 
 
 def test_a_full_queue_is_told(built):

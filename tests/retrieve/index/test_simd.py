@@ -86,5 +86,5 @@ def test_loads_need_no_alignment():
 
 
 def test_a_type_without_distance_is_refused():
-    with pytest.raises(numba.core.errors.TypingError, match="no distance"):
+    with pytest.raises(TypeError, match="no distance"):
         both(np.zeros((8, 3), np.int64), np.zeros(3, np.float32), np.zeros((4, 8), np.float32))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import hasten.retrieve as hr
 from hasten.retrieve.index.heads import make_seeds, select_heads, threshold_heads
-from hasten.retrieve.index.tree import split_rows
+from hasten.retrieve.index.tree import best_factor, cluster, split_rows, workspace
 
 
 def check(tree, n, leaf):
@@ -31,7 +31,13 @@ def check(tree, n, leaf):
 
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 600), k=st.integers(2, 9), leaf=st.integers(1, 12), copies=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 600),
+    k=st.integers(2, 9),
+    leaf=st.integers(1, 12),
+    copies=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_nodes_tile_the_rows(n, k, leaf, copies, seed):
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(-(-n // copies), 5)).astype(np.float32).repeat(copies, axis=0)[:n]  # many equal rows
@@ -70,14 +76,23 @@ def test_a_small_buffer_streams_and_gives_a_tree_too():
 
 
 def test_the_penalty_makes_clusters_more_even():
-    rows, _ = hr.clustered(20_000, 16)
+    rows, _ = hr.clustered(4000, 16)
 
-    def spread(balanced):
-        tree = split_rows(len(rows), lambda r: rows[r], balanced=balanced)
-        sizes = (tree.end - tree.begin)[tree.parent == 0]
-        return sizes.std() / sizes.mean()
+    def tried(factor, balanced):
+        out = []
+        for seed in range(1, 6):
+            centres = np.empty((32, 16), np.float32)
+            state = np.array([seed], np.uint64)
+            out.append(
+                cluster(rows, np.arange(4000), 0, 4000, 32, factor, balanced, state, centres, workspace(32, 16, 4000))
+            )
+        return np.mean(out, axis=0)
 
-    assert spread(True) < spread(False)
+    factor = best_factor(rows, 32, 0)
+    assert factor > 0
+    even, plain = tried(factor, True), tried(1.0, False)
+    assert even[0] < 0.9 * plain[0]
+    assert even[1] < 1.1 * plain[1]  # at little cost in distance
 
 
 @pytest.mark.parametrize("ratio", [0.04, 0.12, 0.2])

@@ -9,7 +9,7 @@ import pytest
 import hasten.retrieve as hr
 from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError
-from hasten.retrieve.index.cost import Run, cost, fit_runs, measure_runs
+from hasten.retrieve.index.cost_model import Run, cost, fit_runs, measure_runs
 from hasten.retrieve.index.tune import measure_point, recall_of
 
 
@@ -88,7 +88,7 @@ def test_the_published_configuration():
     """SIFT1B at a ratio of 0.12: 36 GB of memory and 0.6 TB of lists, and no error, since nothing was fitted."""
     told = cost(10**9, 128, 1, 0.12)
     assert told.memory == pytest.approx(36e9, rel=0.02)
-    assert told.disk == pytest.approx(0.6e12, rel=0.05)
+    assert told.disk - 0.12e9 * 2048 == pytest.approx(0.6e12, rel=0.05)  # and half a page for each list
     assert math.isnan(told.error)
     assert "no fit" in str(told)
 
@@ -143,5 +143,8 @@ def test_the_cost_of_an_index(tmp_path):
         told = index.cost(1_000_000, recall=0.9)
         assert told.memory > index.memory()["total"]
         assert not math.isnan(told.error)
-    with hr.Spann.build(rows[:100], tmp_path / "small") as index, pytest.raises(ConfigurationError, match="at least 4000"):
+    with (
+        hr.Spann.build(rows[:100], tmp_path / "small") as index,
+        pytest.raises(ConfigurationError, match="at least 4000"),
+    ):
         index.cost(10**6)

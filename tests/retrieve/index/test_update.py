@@ -99,6 +99,8 @@ class AgainstADictionary(RuleBasedStateMachine):
             own = distance[q, np.searchsorted(ids, names)]
             np.testing.assert_allclose(own, hit.distances[q], rtol=1e-4, atol=1e-5)
         some = self.rng.choice(ids, 3)
+        near = self.index.search(queries[:1], 1, where=[*some.tolist(), 10**9]).ids[0]
+        assert near[0] == min(some, key=lambda name: distance[0, np.searchsorted(ids, name)])
         np.testing.assert_array_equal(self.index.get(some), np.array([self.live[int(i)] for i in some]))
         assert -1 not in hit.ids
 

@@ -54,6 +54,7 @@ class PromptLookup:
         # classes: (length of the match, place 0, 1 or later of the guess)
         prior = [1.0 - 0.6 / (length + 0.5 * (place + 1)) for length in range(1, max_ngram + 1) for place in range(3)]
         self._calibration = Calibration(prior)
+        self._kept: dict[tuple[int, int], tuple[tuple[int, ...], tuple[float, ...]]] = {}
 
     @property
     def name(self) -> str:
@@ -71,16 +72,25 @@ class PromptLookup:
             tokens = tuple(ask.tokens[where : where + ask.count].tolist())
         else:
             tokens = tuple(ask.tokens[where + np.arange(ask.count) % period].tolist())
-        marks = tuple(3 * (length - 1) + min(place, 2) for place in range(len(tokens)))
-        survival, running = [], 1.0
-        for mark in marks:
-            running *= self._calibration.chance(mark)
-            survival.append(running)
-        return Proposal(tokens, tuple(survival), None, self.name, marks)
+        marks, survival = self._estimate(length, len(tokens))
+        return Proposal(tokens, survival, None, self.name, marks)
+
+    def _estimate(self, length: int, count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Classes and chances of ``count`` guesses behind a match of ``length``; kept until something is learnt."""
+        found = self._kept.get((length, count))
+        if found is None:
+            marks = tuple(3 * (length - 1) + min(place, 2) for place in range(count))
+            survival, running = [], 1.0
+            for mark in marks:
+                running *= self._calibration.chance(mark)
+                survival.append(running)
+            found = self._kept[length, count] = (marks, tuple(survival))
+        return found
 
     def learn(self, proposal: Proposal, accepted: int) -> None:
         for place, mark in enumerate(proposal.marks[: accepted + 1]):
             self._calibration.learn(mark, place < accepted)
+        self._kept.clear()
 
     def forget(self, seq: int) -> None:
         pass

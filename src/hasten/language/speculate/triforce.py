@@ -293,7 +293,8 @@ class TriForce:
 
         def small(path: tuple[int, ...]) -> Law:
             assert self._small is not None
-            return probabilities(self._small.law(base, path).numpy(), **self._cut)[0]
+            law: Law = probabilities(self._small.law(base, path).numpy(), **self._cut)[0]
+            return law
 
         tokens, laws, guessed, stood = draft_middle(small if self._small else None, middle, count, draw)
         self._guessed += guessed

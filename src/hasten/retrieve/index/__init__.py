@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hasten.retrieve.index.build import BuildOptions
-    from hasten.retrieve.index.cost import cost
+    from hasten.retrieve.index.cost_model import cost
     from hasten.retrieve.index.hit import Hit, RangeHit, SearchOptions, SearchStats
     from hasten.retrieve.index.shards import Shards
     from hasten.retrieve.index.spann import Spann
@@ -43,7 +43,7 @@ _HOMES = {
     "Spann": "spann",
     "Tuned": "tune",
     "clustered": "synthetic",
-    "cost": "cost",
+    "cost": "cost_model",
     "tune_search": "tune",
 }
 

@@ -1,7 +1,8 @@
-"""The index behind the interface of ann-benchmarks: ``fit``, ``set_query_arguments``, ``query``, ``batch_query``, ``get_batch_results``.
+"""The index behind the interface of ann-benchmarks: ``fit``, ``set_query_arguments``, ``query``, ``batch_query``,
+``get_batch_results``.
 
-In its ``config.yml``: module ``hasten.retrieve.index.ann_benchmarks``, constructor ``Algorithm``, arguments ``["@metric", {head_ratio: 0.16}]``, query
-arguments ``[[8, 12, 16], [24, 48]]`` (lists, beam).
+In its ``config.yml``: module ``hasten.retrieve.index.ann_benchmarks``, constructor ``Algorithm``, arguments
+``["@metric", {head_ratio: 0.16}]``, query arguments ``[[8, 12, 16], [24, 48]]`` (lists, beam).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Algorithm:
     def query(self, vector: NDArray[Any], n: int) -> NDArray[np.int64]:
         """Ids of the n nearest."""
         ids = self.index.search(vector, n, options=self._options, detail=False).ids[0]
-        return ids[ids >= 0]
+        return np.asarray(ids[ids >= 0])
 
     def batch_query(self, vectors: NDArray[Any], n: int) -> None:
         """Answer many at once, on all processors."""

@@ -1,8 +1,8 @@
 """Closure assignment: a row goes into several lists whose heads lie in different directions.
 
-For a row ``x`` the nearest heads are taken in ascending order; head ``c_j`` is accepted if d(x, c_j) <= (1 + epsilon) d(x, c_1) and, for
-every head ``c_a`` accepted before, factor * d(c_j, c_a) >= d(x, c_j) (the RNG rule). At most ``replicas`` are taken. A list
-that is too long drops its farthest rows, but never the last copy of a row.
+For a row ``x`` the nearest heads are taken in ascending order; head ``c_j`` is accepted if d(x, c_j) <= (1 + epsilon)
+d(x, c_1) and, for every head ``c_a`` accepted before, factor * d(c_j, c_a) >= d(x, c_j) (the RNG rule). At most
+``replicas`` are taken. A list that is too long drops its farthest rows, but never the last copy of a row.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ njit = numba.njit(nogil=True, cache=True)
 def accept(heads, extra, metric, candidates, distances, count, usable, reach, factor, rule, replicas, mapped, taken):
     """Closure rule over ``count`` sorted candidates; writes the places accepted to ``taken`` and returns how many.
 
-    ``usable`` (heads,) uint8 marks the heads that may hold lists (empty: all). ``reach`` is (1 + epsilon)², ``factor`` the RNG factor
-    squared; ``rule`` False takes the nearest ones without the RNG rule. ``mapped`` (replicas + 1, lanes) float32 is scratch.
+    ``usable`` (heads,) uint8 marks the heads that may hold lists (empty: all). ``reach`` is (1 + epsilon)²,
+    ``factor`` the RNG factor squared; ``rule`` False takes the nearest ones without the RNG rule. ``mapped``
+    (replicas + 1, lanes) float32 is scratch.
     """
     size = 0
     limit = numba.float32(np.inf)
@@ -65,9 +66,20 @@ def _accept_many(heads, extra, metric, pool_d, pool_i, founds, usable, knobs, ou
         if usable.shape[0] == 0:
             found = min(found, candidates)
         size = accept(
-            heads, extra, metric, pool_i[i], pool_d[i], found, usable, reach, numba.float32(factor), rule, replicas, mapped,
+            heads,
+            extra,
+            metric,
+            pool_i[i],
+            pool_d[i],
+            found,
+            usable,
+            reach,
+            numba.float32(factor),
+            rule,
+            replicas,
+            mapped,
             taken,
-        )  # fmt: skip
+        )
         for t in range(size):
             out_heads[i, t] = pool_i[i, taken[t]]
             out_d[i, t] = pool_d[i, taken[t]]
@@ -83,14 +95,22 @@ def _scan_heads(queries, consts, augs, heads, extra, metric, out_d):
 
 
 def assign_rows(
-    queries: Any, consts: Any, augs: Any, state: tuple[Any, ...], metric: int, usable: Any, knobs: tuple[Any, ...], linear: bool,
+    queries: Any,
+    consts: Any,
+    augs: Any,
+    state: tuple[Any, ...],
+    metric: int,
+    usable: Any,
+    knobs: tuple[Any, ...],
+    linear: bool,
     marks: tuple[Any, Any],
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:  # fmt: skip
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     """Lists of a block of rows: (heads, squared distances, how many of them count), (rows, replicas) and (rows,).
 
-    ``queries`` (rows, lanes) float32 are the rows in the form that the distance takes, ``consts`` and ``augs`` (rows,) belong to it;
-    ``state`` is (heads, factors, graph, seeds). ``knobs`` is (candidates, beam, reach, factor, rule, replicas). ``linear`` looks at every
-    head instead of walking. ``marks`` are the visited marks of one thread and their epoch.
+    ``queries`` (rows, lanes) float32 are the rows in the form that the distance takes, ``consts`` and ``augs``
+    (rows,) belong to it; ``state`` is (heads, factors, graph, seeds). ``knobs`` is (candidates, beam, reach, factor,
+    rule, replicas). ``linear`` looks at every head instead of walking. ``marks`` are the visited marks of one thread
+    and their epoch.
     """
     heads, extra, graph, seeds = state
     count, beam, replicas = len(queries), knobs[1], knobs[5]
@@ -111,21 +131,33 @@ def assign_rows(
             pool_d, pool_i = np.empty((size, beam), np.float32), np.empty((size, beam), np.int32)
             found = np.zeros(size, np.int64)
             walk_many(
-                queries[cut], consts[cut], augs[cut], heads, extra, graph, seeds, metric, beam, 1 << 30, *marks, pool_d, pool_i,
-                found, np.zeros(size, np.int64),
-            )  # fmt: skip
-        _accept_many(
-            heads, extra, metric, pool_d, pool_i, found, usable, knobs, out_heads[cut], out_d[cut], sizes[cut]
-        )
+                queries[cut],
+                consts[cut],
+                augs[cut],
+                heads,
+                extra,
+                graph,
+                seeds,
+                metric,
+                beam,
+                1 << 30,
+                *marks,
+                pool_d,
+                pool_i,
+                found,
+                np.zeros(size, np.int64),
+            )
+        _accept_many(heads, extra, metric, pool_d, pool_i, found, usable, knobs, out_heads[cut], out_d[cut], sizes[cut])
     return out_heads, out_d, sizes
 
 
 @njit
 def cut_lists(begins, rows, limit, copies, keep):
-    """Mark in ``keep`` what stays when every list holds at most ``limit`` rows; returns (dropped, kept beyond the limit).
+    """Mark in ``keep`` what stays when every list holds at most ``limit`` rows; returns (dropped, kept beyond the
+    limit).
 
-    List ``j`` is ``rows[begins[j]:begins[j + 1]]``, nearest first. ``copies`` (rows of the collection,) uint8 counts the copies of a row
-    and is lowered for each one dropped; the last copy always stays.
+    List ``j`` is ``rows[begins[j]:begins[j + 1]]``, nearest first. ``copies`` (rows of the collection,) uint8 counts
+    the copies of a row and is lowered for each one dropped; the last copy always stays.
     """
     dropped = 0
     beyond = 0

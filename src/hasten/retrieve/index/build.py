@@ -1,10 +1,10 @@
 """Vectors to an index directory, within a stated memory.
 
-The rows are never all in memory: the tree takes what fits, assignment streams blocks, the (head, row) pairs are spilled to one temporary
-file per range of heads, and lists are packed in batches. What must fit: the heads, their graph, one byte and two numbers per row.
-Publication: SPANN: Highly-efficient Billion-scale Approximate Nearest Neighbor Search, https://arxiv.org/abs/2111.08566;
-differs from the paper in: lists hold rows and row numbers apart, no row loses its last copy, the graph's seeds are two
-levels of the tree, everything is deterministic by seed.
+The rows are never all in memory: the tree takes what fits, assignment streams blocks, the (head, row) pairs are
+spilled to one temporary file per range of heads, and lists are packed in batches. What must fit: the heads, their
+graph, one byte and two numbers per row. Publication: SPANN: Highly-efficient Billion-scale Approximate Nearest
+Neighbor Search, https://arxiv.org/abs/2111.08566; differs from the paper in: lists hold rows and row numbers apart,
+no row loses its last copy, the graph's seeds are two levels of the tree, everything is deterministic by seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from hasten.retrieve.index.io import DiskFolder, Folder
 from hasten.retrieve.index.lists import PAIR, ListWriter, empty_directory, sort_pairs
 from hasten.retrieve.index.metric import (
     COSINE,
-    L2,
     NAMES,
     check_rows,
     code_of,
@@ -99,7 +98,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         code_of(self.metric)
         if not 0 < self.head_ratio <= 1:
-            raise ConfigurationError(f"head_ratio is {self.head_ratio}; choose a share of the rows within (0, 1], such as 0.12")
+            raise ConfigurationError(
+                f"head_ratio is {self.head_ratio}; choose a share of the rows within (0, 1], such as 0.12"
+            )
         if not 1 <= self.replicas <= 32:
             raise ConfigurationError(f"replicas is {self.replicas}; a row may lie in 1 to 32 lists")
         if self.heads not in ("balanced", "kmeans", "random"):
@@ -139,9 +140,9 @@ def build(
 ) -> dict[str, Any]:
     """Build an index in the new directory ``path``; returns what was built, in numbers.
 
-    ``vectors`` as :func:`~hasten.retrieve.index.sources.open_source` takes them; ``ids`` (n,) non-negative integers, default the row numbers;
-    ``attributes`` columns (n,) for filters. The directory appears whole or not at all. Raises DataError naming the row at
-    fault, ConfigurationError when ``memory`` does not suffice, with what would.
+    ``vectors`` as :func:`~hasten.retrieve.index.sources.open_source` takes them; ``ids`` (n,) non-negative integers,
+    default the row numbers; ``attributes`` columns (n,) for filters. The directory appears whole or not at all.
+    Raises DataError naming the row at fault, ConfigurationError when ``memory`` does not suffice, with what would.
     """
     options = options or BuildOptions()
     target = Path(path)
@@ -192,7 +193,9 @@ def _check_ids(ids: Any, count: int) -> NDArray[np.int64] | None:
     same = np.flatnonzero(array[order][1:] == array[order][:-1])
     if len(same):
         row = int(order[same[0] + 1])
-        raise DataError(f"row {row} has the id {int(array[row])}, which row {int(order[same[0]])} has already; ids are unique")
+        raise DataError(
+            f"row {row} has the id {int(array[row])}, which row {int(order[same[0]])} has already; ids are unique"
+        )
     return None if np.array_equal(array, np.arange(count)) else array
 
 
@@ -219,7 +222,8 @@ def _build(
     least = needed(n, width, itemsize, options)
     if memory < least:
         raise ConfigurationError(
-            f"memory is {format_quantity(memory, 'bytes')}, {n} rows of {width} need {format_quantity(least, 'bytes')}; "
+            f"memory is {format_quantity(memory, 'bytes')}, {n} rows of {width} need "
+            f"{format_quantity(least, 'bytes')}; "
             "give more, or lower head_ratio"
         )
     spare = memory - least
@@ -243,10 +247,16 @@ def _build(
     else:
         buffer = int(max(1024, min(1 << 20, spare / 3 / row_floats / threads)))
         tree = split_rows(
-            n, take_mapped, k=options.branches, leaf=options.leaf, balanced=options.heads == "balanced",
-            seed=options.seed, buffer_rows=buffer, threads=threads,
+            n,
+            take_mapped,
+            k=options.branches,
+            leaf=options.leaf,
+            balanced=options.heads == "balanced",
+            seed=options.seed,
+            buffer_rows=buffer,
+            threads=threads,
             progress=lambda share: progress("cluster", 0.03 + 0.15 * share),
-        )  # fmt: skip
+        )
         head_rows, *thresholds = select_heads(tree, options.head_ratio, options.split_factor)
         split = (thresholds[0], thresholds[1])
         del tree
@@ -263,9 +273,18 @@ def _build(
     graph = np.full((count, options.degree), -1, np.int32)
     nodes = np.random.default_rng(options.seed).permutation(count)
     link_heads(
-        heads, extra, graph, seeds, metric, largest, nodes, beam=options.build_beam, alpha=options.alpha, threads=threads,
+        heads,
+        extra,
+        graph,
+        seeds,
+        metric,
+        largest,
+        nodes,
+        beam=options.build_beam,
+        alpha=options.alpha,
+        threads=threads,
         progress=lambda share: progress("link heads", 0.2 + 0.2 * share),
-    )  # fmt: skip
+    )
 
     # closure, spilled by range of heads
     is_head = np.zeros(n, np.bool_)
@@ -277,7 +296,9 @@ def _build(
     copies = np.zeros(n, np.uint8)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(p.open("wb")) for p in spills]
-        for pairs, done in _closure(source, take, heads, extra, graph, seeds, metric, largest, is_head, copies, options, block, threads):
+        for pairs, done in _closure(
+            source, take, heads, extra, graph, seeds, metric, largest, is_head, copies, options, block, threads
+        ):
             if partitions == 1:
                 pairs.tofile(files[0])
             else:
@@ -297,7 +318,15 @@ def _build(
     writer = folder.create(segment)
     try:
         lists = ListWriter(
-            writer, 0, directory, location, metric, largest, width, itemsize, int(max(1 << 20, min(1 << 25, spare / 12)))
+            writer,
+            0,
+            directory,
+            location,
+            metric,
+            largest,
+            width,
+            itemsize,
+            int(max(1 << 20, min(1 << 25, spare / 12))),
         )
         for p, spill in enumerate(spills):
             pairs = sort_pairs(np.fromfile(spill, PAIR))
@@ -330,7 +359,9 @@ def _build(
     if named is not None:
         roles |= {"ids": "ids-1.bin", "order": "order-1.bin"}
         entries[roles["ids"]] = put(folder, roles["ids"], named.view(np.uint8))
-        entries[roles["order"]] = put(folder, roles["order"], np.argsort(named, kind="stable").astype(np.int64).view(np.uint8))
+        entries[roles["order"]] = put(
+            folder, roles["order"], np.argsort(named, kind="stable").astype(np.int64).view(np.uint8)
+        )
     if columns:
         roles["attributes"] = "attributes-1.npz"
         entries[roles["attributes"]] = put(folder, roles["attributes"], pack_attributes(columns))
@@ -357,9 +388,18 @@ def _build(
         "floor": float(np.quantile(radii.astype(np.float64) ** 2, 0.05)) if len(radii) else 0.0,
     }
     manifest = Manifest(
-        generation=1, rows=n, width=width, dtype=source.dtype.name, metric=NAMES[metric], largest=largest, files=entries,
-        segments=(segment,), wal=wal, parameters={"options": options.to_json(), "built": told}, roles=roles,
-    )  # fmt: skip
+        generation=1,
+        rows=n,
+        width=width,
+        dtype=source.dtype.name,
+        metric=NAMES[metric],
+        largest=largest,
+        files=entries,
+        segments=(segment,),
+        wal=wal,
+        parameters={"options": options.to_json(), "built": told},
+        roles=roles,
+    )
     commit(folder, manifest)
     progress("done", 1.0)
     return told
@@ -367,15 +407,31 @@ def _build(
 
 def _tensors(vectors: Any, extra: Any, head_rows: Any, graph: Any, groups: Any) -> dict[str, NDArray[Any]]:
     return {
-        "heads": vectors, "extra": extra, "head_rows": head_rows, "graph": graph, "group_heads": groups[0],
-        "seed_heads": groups[1], "seed_begins": groups[2],
-    }  # fmt: skip
+        "heads": vectors,
+        "extra": extra,
+        "head_rows": head_rows,
+        "graph": graph,
+        "group_heads": groups[0],
+        "seed_heads": groups[1],
+        "seed_begins": groups[2],
+    }
 
 
 def _closure(
-    source: Source, take: Any, heads: Any, extra: Any, graph: Any, seeds: Any, metric: int, largest: float, is_head: Any,
-    copies: Any, options: BuildOptions, block: int, threads: int,
-) -> Any:  # fmt: skip
+    source: Source,
+    take: Any,
+    heads: Any,
+    extra: Any,
+    graph: Any,
+    seeds: Any,
+    metric: int,
+    largest: float,
+    is_head: Any,
+    copies: Any,
+    options: BuildOptions,
+    block: int,
+    threads: int,
+) -> Any:
     """Yield (pairs, share done) of the rows that are not heads, in order; blocks are searched by several threads."""
     n, count = len(source), len(heads)
     linear = count <= 256
@@ -390,9 +446,16 @@ def _closure(
         try:
             queries, consts, augs = prepare(take(rows), metric, largest, stored=True)
             found, distance, sizes = assign_rows(
-                queries, consts, augs, (heads, extra, graph, seeds), metric, np.empty(0, np.uint8), knobs, linear,
+                queries,
+                consts,
+                augs,
+                (heads, extra, graph, seeds),
+                metric,
+                np.empty(0, np.uint8),
+                knobs,
+                linear,
                 (stamps, epoch),
-            )  # fmt: skip
+            )
         finally:
             pool_scratch.append((stamps, epoch))
         copies[rows] = sizes
@@ -428,7 +491,9 @@ def _column(name: str, values: Any, count: int) -> NDArray[Any]:
     if array.dtype == object:
         array = np.array([str(v) for v in array])
     if array.shape != (count,) or array.dtype.kind not in "biufU":
-        raise DataError(f"attribute {name!r} has the shape {array.shape} and type {array.dtype}; give {count} numbers or texts")
+        raise DataError(
+            f"attribute {name!r} has the shape {array.shape} and type {array.dtype}; give {count} numbers or texts"
+        )
     return array
 
 
@@ -437,8 +502,3 @@ def pack_attributes(columns: dict[str, NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **columns)  # type: ignore[arg-type]
     return buffer.getvalue()
-
-
-def mapped_heads(vectors: Any, metric: int, largest: float) -> NDArray[np.float32]:
-    """Heads in the mapped space; a shorthand for the updater."""
-    return mapped(vectors, metric, largest) if metric != L2 else np.ascontiguousarray(vectors, np.float32)

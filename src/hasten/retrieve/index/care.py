@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,17 +97,22 @@ def verify(view: View, delta: Delta) -> Verification:
             problems.append(f"{name} is over 1 GiB; its checksum was not read")
     held = copies[live & ~is_head]
     return Verification(
-        rows=int(live.sum()) + len(delta.place), lists=len(g.counts), corrupt=tuple(corrupt),
-        missing=tuple(int(r) for r in lost[:1000]), num_missing=len(lost), copies=float(held.mean()) if len(held) else 0.0,
+        rows=int(live.sum()) + len(delta.place),
+        lists=len(g.counts),
+        corrupt=tuple(corrupt),
+        missing=tuple(int(r) for r in lost[:1000]),
+        num_missing=len(lost),
+        copies=float(held.mean()) if len(held) else 0.0,
         problems=tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def repair(index: Spann, vectors: Any = None) -> dict[str, Any]:
     """Empty the corrupt lists and write a new generation in which every row can be found.
 
-    ``vectors`` (rows by row number, as the index was built from; rows added later behind them) restore rows whose only copy was lost.
-    Without them such rows are deleted and counted as lost. What was added since the last compaction stays in the log.
+    ``vectors`` (rows by row number, as the index was built from; rows added later behind them) restore rows whose
+    only copy was lost. Without them such rows are deleted and counted as lost. What was added since the last
+    compaction stays in the log.
     """
     index._writable()
     view, folder = index._view, index._folder
@@ -145,7 +149,9 @@ def repair(index: Spann, vectors: Any = None) -> dict[str, Any]:
 
         source = open_source(vectors)
         if source.width != m.width or len(source) < m.rows:
-            raise DataError(f"vectors are ({len(source)}, {source.width}); repair needs ({m.rows}, {m.width}), by row number")
+            raise DataError(
+                f"vectors are ({len(source)}, {source.width}); repair needs ({m.rows}, {m.width}), by row number"
+            )
         near = np.flatnonzero(live & (location >= 0) & (location & files.HEAD_BIT == 0))
         near = near[np.isin(location[near] >> files.SLOT_BITS, bad)]  # whose first copy lay in a lost list
         wanted = np.union1d(homeless, near)
@@ -237,7 +243,8 @@ def _existing(generation: files.Generation, head: int) -> NDArray[Any]:
 def snapshot(folder: Folder, manifest: files.Manifest, log_size: int, target: Any) -> None:
     """Copy one state to a new directory, or as a tar stream to an object with ``write``.
 
-    Files of a generation never change, so a directory on the same disk gets hard links. The log is cut at its last whole record.
+    Files of a generation never change, so a directory on the same disk gets hard links. The log is cut at its last
+    whole record.
     """
     log = folder.read(manifest.wal)[:log_size]
     document = json.dumps(manifest.to_json(), indent=1, sort_keys=True).encode()
@@ -267,7 +274,9 @@ def snapshot(folder: Folder, manifest: files.Manifest, log_size: int, target: An
 
 
 def restore(stream: Any, path: Any) -> None:
-    """Unpack a tar stream of :func:`snapshot` into the new directory ``path``; raises DataError where it is cut short."""
+    """Unpack a tar stream of :func:`snapshot` into the new directory ``path``; raises DataError where it is cut
+    short.
+    """
     place = Path(path)
     if place.exists() and any(place.iterdir()):
         raise DataError(f"{str(place)!r} is not empty; name a new directory for the index")
@@ -277,7 +286,9 @@ def restore(stream: Any, path: Any) -> None:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             for entry in tar:
                 if not entry.isfile() or "/" in entry.name or entry.name.startswith("."):
-                    raise DataError(f"the stream holds {entry.name!r}, which is no file of an index; it is not a snapshot")
+                    raise DataError(
+                        f"the stream holds {entry.name!r}, which is no file of an index; it is not a snapshot"
+                    )
                 source = tar.extractfile(entry)
                 assert source is not None
                 folder = DiskFolder(place)
@@ -293,6 +304,6 @@ def restore(stream: Any, path: Any) -> None:
     for name, known in manifest.files.items():
         if name not in seen or DiskFolder(place).size(name) != known["bytes"]:
             raise DataError(f"the stream lacks {name!r}; take the snapshot again")
-        if "crc32" in known and zlib.crc32(DiskFolder(place).map(name)) != known["crc32"]:
+        if "crc32" in known and files.checksum(DiskFolder(place).map(name)) != known["crc32"]:
             raise DataError(f"{name!r} has a wrong checksum in the stream; take the snapshot again")
     DiskFolder(place).sync()

@@ -1,7 +1,7 @@
 """Rows added since the last compaction: in memory, chained to the heads of their lists.
 
-One writer at a time; readers take :attr:`Delta.view` and are never blocked. A row is written before it is chained, growth makes new
-arrays, and a view that a reader holds stays whole. A row number is ``base`` + its place here.
+One writer at a time; readers take :attr:`Delta.view` and are never blocked. A row is written before it is chained,
+growth makes new arrays, and a view that a reader holds stays whole. A row number is ``base`` + its place here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _pairs(first, entry_row, entry_next, alive, heads_out, rows_out):
 class Delta:
     """Growable rows with their lists."""
 
-    def __init__(self, base: int, heads: int, width: int, dtype: Any, metric: int, rows: int = 0, entries: int = 0) -> None:
+    def __init__(
+        self, base: int, heads: int, width: int, dtype: Any, metric: int, rows: int = 0, entries: int = 0
+    ) -> None:
         self.base = base
         self.metric = metric
         self.count = 0
@@ -71,9 +73,7 @@ class Delta:
         self.view: tuple[Any, ...] = self._view()
 
     def _view(self) -> tuple[Any, ...]:
-        return (
-            self.rows, self.factors, self.alive, self.first, self._entry_row, self._entry_next, self.base
-        )  # fmt: skip
+        return (self.rows, self.factors, self.alive, self.first, self._entry_row, self._entry_next, self.base)
 
     def _grow(self, rows: int, entries: int) -> None:
         if rows > len(self.rows) or entries > len(self._entry_row) or not len(self.first):
@@ -89,10 +89,17 @@ class Delta:
             self.first = self.first.copy() if len(self.first) else np.full(self._heads, -1, np.int32)
 
     def add(
-        self, rows: NDArray[Any], factors: NDArray[np.float32], ids: NDArray[np.int64], heads: NDArray[np.int32],
-        sizes: NDArray[np.int32], attributes: list[dict[str, Any]],
-    ) -> None:  # fmt: skip
-        """Add rows (m, d) with their lists ``heads`` (m, replicas), of which ``sizes`` (m,) count. Visible when it returns."""
+        self,
+        rows: NDArray[Any],
+        factors: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        heads: NDArray[np.int32],
+        sizes: NDArray[np.int32],
+        attributes: list[dict[str, Any]],
+    ) -> None:
+        """Add rows (m, d) with their lists ``heads`` (m, replicas), of which ``sizes`` (m,) count. Visible when it
+        returns.
+        """
         m = len(rows)
         self._grow(self.count + m, self.entries + int(sizes.sum()))
         low, high = self.count, self.count + m

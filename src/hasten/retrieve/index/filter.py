@@ -1,8 +1,9 @@
 """Filters: which rows a search may return, as a bitmap over row numbers.
 
-A filter is an array of ids, a mapping over attributes, or a function of the attribute columns. A mapping holds for a row when every
-entry does: ``{"lang": "en", "year": {"min": 2020, "max": 2024}, "kind": {"in": ["a", "b"]}, "draft": {"not": True}}``. Few rows are scored
-directly; otherwise lists are read in ascending order of their heads until k survivors are found and the next head is too far.
+A filter is an array of ids, a mapping over attributes, or a function of the attribute columns. A mapping holds for a
+row when every entry does: ``{"lang": "en", "year": {"min": 2020, "max": 2024}, "kind": {"in": ["a", "b"]}, "draft":
+{"not": True}}``. Few rows are scored directly; otherwise lists are read in ascending order of their heads until k
+survivors are found and the next head is too far.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def evaluate(
 ) -> NDArray[np.bool_]:
     """Which of ``rows`` rows satisfy ``where``; raises InvalidRequestError naming the attribute at fault.
 
-    >>> evaluate({"year": {"min": 2000}, "lang": "en"}, {"year": np.array([1999, 2001]), "lang": np.array(["en", "en"])}, 2).tolist()
+    >>> columns = {"year": np.array([1999, 2001]), "lang": np.array(["en", "en"])}
+    >>> evaluate({"year": {"min": 2000}, "lang": "en"}, columns, 2).tolist()
     [False, True]
     """
     if callable(where):
@@ -52,7 +54,9 @@ def evaluate(
             else:
                 out &= values == wanted
         except (TypeError, np.exceptions.DTypePromotionError) as error:
-            raise InvalidRequestError(f"where compares {name!r} ({values.dtype}) with {wanted!r}: {error}", "where") from error
+            raise InvalidRequestError(
+                f"where compares {name!r} ({values.dtype}) with {wanted!r}: {error}", "where"
+            ) from error
     return out
 
 

@@ -1,8 +1,9 @@
 """The files of an index: a manifest with a generation, heads, directory, postings, ids, write-ahead log.
 
-``MANIFEST.json`` names every other file with its size and checksum; a new generation writes new files, syncs each, and then replaces the
-manifest in one step, so a reader sees the old state or the new one. Lists are page aligned: all rows, then (cosine) all factors,
-then all row numbers, so scoring is one contiguous block. Little endian; row numbers and ids have 64 bits; everything is readable by mmap.
+``MANIFEST.json`` names every other file with its size and checksum; a new generation writes new files, syncs each,
+and then replaces the manifest in one step, so a reader sees the old state or the new one. Lists are page aligned: all
+rows, then (cosine) all factors, then all row numbers, so scoring is one contiguous block. Little endian; row numbers
+and ids have 64 bits; everything is readable by mmap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from hasten.errors import CorruptPostingError, DataError
 from hasten.retrieve.index.io import Folder
-from hasten.retrieve.index.metric import COSINE, L2, code_of, native
+from hasten.retrieve.index.metric import COSINE, code_of, native
 
 __all__ = [
     "DIRECTORY",
@@ -29,6 +30,7 @@ __all__ = [
     "MANIFEST",
     "Manifest",
     "bytes_of_list",
+    "checksum",
     "commit",
     "discard_strays",
     "load",
@@ -46,10 +48,15 @@ CHECKED = 1 << 30
 
 DIRECTORY = np.dtype(
     [
-        ("offset", "<u8"), ("count", "<u4"), ("bytes", "<u4"), ("crc32", "<u4"), ("segment", "<u4"), ("radius", "<f4"),
+        ("offset", "<u8"),
+        ("count", "<u4"),
+        ("bytes", "<u4"),
+        ("crc32", "<u4"),
+        ("segment", "<u4"),
+        ("radius", "<f4"),
         ("flags", "<u4"),
     ]
-)  # fmt: skip
+)
 """one record per head; bit 0 of ``flags``: retired, the head navigates but holds no list"""
 
 
@@ -182,17 +189,22 @@ def bytes_of_list(count: Any, row_bytes: int, metric: int) -> Any:
     return (size + 7) // 8 * 8 + 8 * count
 
 
-def put(folder: Folder, name: str, data: bytes | memoryview) -> dict[str, int]:
+def checksum(data: Any, before: int = 0) -> int:
+    """CRC-32 of anything that has bytes."""
+    return zlib.crc32(data, before)
+
+
+def put(folder: Folder, name: str, data: Any) -> dict[str, int]:
     """Write a new file and sync it; returns its entry in the manifest."""
     writer = folder.create(name)
     try:
-        view = memoryview(data).cast("B")
+        view: Any = memoryview(data).cast("B")
         for begin in range(0, max(len(view), 1), 1 << 24):
             writer.write(view[begin : begin + (1 << 24)])
         writer.sync()
     finally:
         writer.close()
-    return {"bytes": len(view), "crc32": zlib.crc32(view)}
+    return {"bytes": len(view), "crc32": checksum(view)}
 
 
 def write_heads(folder: Folder, name: str, tensors: dict[str, NDArray[Any]]) -> dict[str, int]:
@@ -211,16 +223,17 @@ def write_heads(folder: Folder, name: str, tensors: dict[str, NDArray[Any]]) -> 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     writer = folder.create(name)
-    checksum, size = 0, 0
+    crc, size = 0, 0
+    arrays: list[Any] = [memoryview(np.ascontiguousarray(a)).cast("B") for _, a in ordered if a.size]  # type: ignore[arg-type]
     try:
-        for part in (struct.pack("<Q", len(text)) + text, *(memoryview(np.ascontiguousarray(a)).cast("B") for _, a in ordered if a.size)):
+        for part in (struct.pack("<Q", len(text)) + text, *arrays):
             writer.write(part)
-            checksum = zlib.crc32(part, checksum)
+            crc = checksum(part, crc)
             size += len(part)
         writer.sync()
     finally:
         writer.close()
-    return {"bytes": size, "crc32": checksum}
+    return {"bytes": size, "crc32": crc}
 
 
 def _read_heads(raw: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -278,17 +291,19 @@ def _array(folder: Folder, name: str, kind: str) -> NDArray[Any]:
 def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> Generation:
     """Open the current generation.
 
-    ``memory`` (bytes) bounds what is copied into memory: where heads and graph do not fit they stay mapped, and the walk runs from
-    the map. ``check`` compares sizes and the checksums of all files but the postings. Raises DataError with one line.
+    ``memory`` (bytes) bounds what is copied into memory: where heads and graph do not fit they stay mapped, and the
+    walk runs from the map. ``check`` compares sizes and the checksums of all files but the postings. Raises DataError
+    with one line.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
         size = folder.size(name)
         if size != entry["bytes"]:
             raise DataError(
-                f"{str(folder.path(name))!r} has {max(size, 0)} bytes, the manifest says {entry['bytes']}; restore it from a snapshot"
+                f"{str(folder.path(name))!r} has {max(size, 0)} bytes, the manifest says {entry['bytes']}; "
+                "restore it from a snapshot"
             )
-        if check and "crc32" in entry and size <= CHECKED and zlib.crc32(folder.map(name)) != entry["crc32"]:
+        if check and "crc32" in entry and size <= CHECKED and checksum(folder.map(name)) != entry["crc32"]:
             raise DataError(f"{str(folder.path(name))!r} has a wrong checksum; restore it from a snapshot")
     roles = manifest.roles
     tensors = _read_heads(folder.map(roles["heads"]))
@@ -301,7 +316,11 @@ def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> 
     directory = _array(folder, roles["directory"], "u1").view(DIRECTORY)
     segments = tuple(folder.map(name) for name in manifest.segments)
     bases = np.array([s.ctypes.data for s in segments] or [0], np.int64)
-    addresses = bases[directory["segment"]] + directory["offset"].astype(np.int64) if len(segments) else np.zeros(len(directory), np.int64)
+    addresses = (
+        bases[directory["segment"]] + directory["offset"].astype(np.int64)
+        if len(segments)
+        else np.zeros(len(directory), np.int64)
+    )
     ids = _array(folder, roles["ids"], "<i8") if "ids" in roles else None
     attributes: dict[str, NDArray[Any]] = {}
     if "attributes" in roles:
@@ -333,10 +352,12 @@ def seed_arrays(heads: NDArray[Any], groups: tuple[Any, Any, Any]) -> tuple[Any,
     """The seeds as the walk reads them: contiguous copies of their vectors."""
     group_heads, seed_heads, begins = groups
     return (
-        np.ascontiguousarray(heads[group_heads]), np.ascontiguousarray(group_heads, np.int32),
-        np.ascontiguousarray(heads[seed_heads]), np.ascontiguousarray(seed_heads, np.int32),
+        np.ascontiguousarray(heads[group_heads]),
+        np.ascontiguousarray(group_heads, np.int32),
+        np.ascontiguousarray(heads[seed_heads]),
+        np.ascontiguousarray(seed_heads, np.int32),
         np.ascontiguousarray(begins, np.int32),
-    )  # fmt: skip
+    )
 
 
 def read_list(generation: Generation, number: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -348,15 +369,11 @@ def read_list(generation: Generation, number: int) -> tuple[NDArray[Any], NDArra
         return np.empty((0, width), generation.heads.dtype), np.empty(0, np.int64)
     begin = int(entry["offset"])
     data = generation.segments[int(entry["segment"])][begin : begin + int(entry["bytes"])]
-    if zlib.crc32(data) != int(entry["crc32"]):
+    if checksum(data) != int(entry["crc32"]):
         raise CorruptPostingError(
-            f"posting list {number} has a wrong checksum; run repair() with the vectors, or restore a snapshot", (number,)
+            f"posting list {number} has a wrong checksum; run repair() with the vectors, or restore a snapshot",
+            (number,),
         )
     rows = data[: count * generation.row_bytes].view(generation.heads.dtype).reshape(count, width)
     numbers = data[len(data) - 8 * count :].view("<i8")
     return rows, numbers
-
-
-def is_plain(metric: int) -> bool:
-    """Whether rows carry no factor."""
-    return metric == L2

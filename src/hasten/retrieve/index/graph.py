@@ -1,9 +1,10 @@
 """The navigating graph over the heads: best-first walk, RNG pruning, insertion.
 
-A head's out-edges point to near heads in different directions: going through candidates in ascending order, ``c`` becomes a
-neighbour if it is nearer to the head than (``alpha`` times) to every neighbour already taken. A walk keeps the ``beam`` nearest heads
-seen, sorted, and expands the nearest one that was not expanded. It begins at the seeds: two levels of the balanced tree.
-Distances are squared and of the mapped space (see ``metric``): metric 0 is L2, 1 cosine, 2 inner product.
+A head's out-edges point to near heads in different directions: going through candidates in ascending order, ``c``
+becomes a neighbour if it is nearer to the head than (``alpha`` times) to every neighbour already taken. A walk keeps
+the ``beam`` nearest heads seen, sorted, and expands the nearest one that was not expanded. It begins at the seeds:
+two levels of the balanced tree. Distances are squared and of the mapped space (see ``metric``): metric 0 is L2, 1
+cosine, 2 inner product.
 """
 
 from __future__ import annotations
@@ -91,9 +92,7 @@ def _scan_seeds(
     for s in range(begin, end, 4):
         s1, s2, s3 = min(s + 1, last), min(s + 2, last), min(s + 3, last)
         h0, h1, h2, h3 = heads_of[s], heads_of[s1], heads_of[s2], heads_of[s3]
-        four = _four(
-            rows, extra, metric, query, const, aug, base, stride, width, s, s1, s2, s3, h0, h1, h2, h3
-        )  # fmt: skip
+        four = _four(rows, extra, metric, query, const, aug, base, stride, width, s, s1, s2, s3, h0, h1, h2, h3)
         if stamps[h0] != mark:
             stamps[h0] = mark
             _, size = _push(pool_d, pool_i, size, limit, four[0], h0)
@@ -110,13 +109,11 @@ def _scan_seeds(
 
 
 @njit
-def walk(
-    heads, extra, graph, seeds, metric, query, const, aug, beam, max_check, stamps, epoch, pool_d, pool_i
-):  # fmt: skip
+def walk(heads, extra, graph, seeds, metric, query, const, aug, beam, max_check, stamps, epoch, pool_d, pool_i):
     """Best-first search: fills ``pool_d`` and ``pool_i`` (beam,) ascending; returns (found, distances computed).
 
-    ``seeds`` is (group vectors, group heads, seed vectors, seed heads, seed begins). ``stamps`` (heads,) uint16 and ``epoch`` (1,) mark
-    the visited ones of this walk. ``graph`` (heads, degree) int32 is padded with -1.
+    ``seeds`` is (group vectors, group heads, seed vectors, seed heads, seed begins). ``stamps`` (heads,) uint16 and
+    ``epoch`` (1,) mark the visited ones of this walk. ``graph`` (heads, degree) int32 is padded with -1.
     """
     group_rows, group_heads, seed_rows, seed_heads, seed_begin = seeds
     epoch[0] += 1
@@ -144,13 +141,28 @@ def walk(
         for g in range(0, groups, 4):
             g1, g2, g3 = min(g + 1, last), min(g + 2, last), min(g + 3, last)
             four = _four(
-                group_rows, extra, metric, query, const, aug, gbase, stride, width, g, g1, g2, g3,
-                group_heads[g], group_heads[g1], group_heads[g2], group_heads[g3],
-            )  # fmt: skip
+                group_rows,
+                extra,
+                metric,
+                query,
+                const,
+                aug,
+                gbase,
+                stride,
+                width,
+                g,
+                g1,
+                g2,
+                g3,
+                group_heads[g],
+                group_heads[g1],
+                group_heads[g2],
+                group_heads[g3],
+            )
             for t in range(4):
                 where = min(g + t, last)
                 value = four[0] if t == 0 else four[1] if t == 1 else four[2] if t == 2 else four[3]
-                if where == best or where == second:
+                if where in (best, second):
                     continue
                 if value < low:
                     second, low2 = best, low
@@ -163,9 +175,22 @@ def walk(
             if g < 0:
                 continue
             size = _scan_seeds(
-                seed_rows, seed_heads, seed_begin[g], seed_begin[g + 1], extra, metric, query, const, aug, stamps, mark,
-                pool_d, pool_i, size, beam,
-            )  # fmt: skip
+                seed_rows,
+                seed_heads,
+                seed_begin[g],
+                seed_begin[g + 1],
+                extra,
+                metric,
+                query,
+                const,
+                aug,
+                stamps,
+                mark,
+                pool_d,
+                pool_i,
+                size,
+                beam,
+            )
             checks += seed_begin[g + 1] - seed_begin[g]
     degree = graph.shape[1]
     fresh = np.empty(degree + 4, np.int32)
@@ -194,7 +219,6 @@ def walk(
             for t in range(count, count + 3):
                 fresh[t] = fresh[count - 1]
         lowest = at + 1
-        limit = size
         for e in range(0, count, 4):
             a, b, c, d = fresh[e], fresh[e + 1], fresh[e + 2], fresh[e + 3]
             four = _four(heads, extra, metric, query, const, aug, base, stride, width, a, b, c, d, a, b, c, d)
@@ -264,17 +288,45 @@ def prune(heads, extra, metric, candidates, distances, count, degree, alpha, kep
 
 @njit
 def walk_many(
-    queries, consts, augs, heads, extra, graph, seeds, metric, beam, max_check, stamps, epoch, out_d, out_i, sizes, checks
-):  # fmt: skip
-    """Walk for each query (count, lanes): the nearest heads into ``out_d`` and ``out_i`` (count, beam), how many into ``sizes``.
+    queries,
+    consts,
+    augs,
+    heads,
+    extra,
+    graph,
+    seeds,
+    metric,
+    beam,
+    max_check,
+    stamps,
+    epoch,
+    out_d,
+    out_i,
+    sizes,
+    checks,
+):
+    """Walk for each query (count, lanes): the nearest heads into ``out_d`` and ``out_i`` (count, beam), how many into
+    ``sizes``.
 
     Only reads the graph, so several threads may work on parts of one batch with a ``stamps`` and ``epoch`` each.
     """
     for i in range(queries.shape[0]):
         sizes[i], checks[i] = walk(
-            heads, extra, graph, seeds, metric, address_of(queries[i]), consts[i], augs[i], beam, max_check, stamps, epoch,
-            out_d[i], out_i[i],
-        )  # fmt: skip
+            heads,
+            extra,
+            graph,
+            seeds,
+            metric,
+            address_of(queries[i]),
+            consts[i],
+            augs[i],
+            beam,
+            max_check,
+            stamps,
+            epoch,
+            out_d[i],
+            out_i[i],
+        )
 
 
 @njit
@@ -310,7 +362,9 @@ def _as_query(heads, extra, metric, largest, head, query):
 
 
 @njit
-def _add_edge(heads, extra, graph, fill, metric, largest, head, other, alpha, query, candidates, distances, kept, mapped):
+def _add_edge(
+    heads, extra, graph, fill, metric, largest, head, other, alpha, query, candidates, distances, kept, mapped
+):
     """An edge from ``head`` to ``other``; an over-full head is pruned again."""
     degree = graph.shape[1]
     if head == other:
@@ -401,9 +455,23 @@ def link_heads(
                 sizes = np.zeros(len(own), np.int64)
                 queries_of(heads, extra, metric, largest, own, queries, consts, augs)
                 walk_many(
-                    queries, consts, augs, heads, extra, graph, seeds, metric, beam, 1 << 30, stamps, epoch, pool_d, pool_i,
-                    sizes, np.zeros(len(own), np.int64),
-                )  # fmt: skip
+                    queries,
+                    consts,
+                    augs,
+                    heads,
+                    extra,
+                    graph,
+                    seeds,
+                    metric,
+                    beam,
+                    1 << 30,
+                    stamps,
+                    epoch,
+                    pool_d,
+                    pool_i,
+                    sizes,
+                    np.zeros(len(own), np.int64),
+                )
                 prune_many(heads, extra, metric, own, pool_d, pool_i, sizes, alpha, edges[cut], count[cut])
 
             list(pool.map(search, enumerate(parts)))

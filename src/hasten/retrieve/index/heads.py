@@ -1,8 +1,8 @@
 """Which rows become heads, and the seeds from which the walk over them starts.
 
-The tree is walked bottom-up with the number of rows that nobody stands for yet. A node with at least ``select`` of them gives its
-centre as a head; if it has more than ``split``, the centres of its ceil(count / split_factor) largest children too. The pair of
-thresholds whose count is nearest to ratio * n is found by bisection.
+The tree is walked bottom-up with the number of rows that nobody stands for yet. A node with at least ``select`` of
+them gives its centre as a head; if it has more than ``split``, the centres of its ceil(count / split_factor) largest
+children too. The pair of thresholds whose count is nearest to ratio * n is found by bisection.
 """
 
 from __future__ import annotations
@@ -106,11 +106,13 @@ def select_heads(tree: Tree, ratio: float, split_factor: int = 6) -> tuple[NDArr
     return best[1], best[2], best[3]
 
 
-def make_seeds(mapped: NDArray[np.float32], seed: int = 0, threads: int = 2) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+def make_seeds(
+    mapped: NDArray[np.float32], seed: int = 0, threads: int = 2
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Two levels of the balanced tree over the heads: (group heads, seed heads, begins of the groups' seeds).
 
-    ``mapped`` (heads, width) are the heads in the mapped space. About ``sqrt(heads / 8)`` groups of as many seeds: both levels together
-    cost some hundred distances to contiguous rows.
+    ``mapped`` (heads, width) are the heads in the mapped space. About ``sqrt(heads / 8)`` groups of as many seeds:
+    both levels together cost some hundred distances to contiguous rows.
     """
     count = len(mapped)
     if count <= 64:
@@ -121,11 +123,20 @@ def make_seeds(mapped: NDArray[np.float32], seed: int = 0, threads: int = 2) -> 
         count, lambda rows: mapped[rows], k=groups, leaf=max(8, count // groups // 4), seed=seed, threads=threads
     )
     top = np.flatnonzero(tree.parent == 0)
-    group_heads, seed_heads, begins = [], [], [0]
+    group_heads: list[int] = []
+    seed_heads: list[int] = []
+    begins = [0]
     for node in top:
         members = np.sort(tree.order[tree.begin[node] : tree.end[node]]).astype(np.int64)
         part = np.ascontiguousarray(mapped[members])
-        inner = split_rows(len(members), lambda rows, part=part: part[rows], k=each, leaf=max(1, len(members) // each), seed=seed, threads=1)
+        inner = split_rows(
+            len(members),
+            part.__getitem__,
+            k=each,
+            leaf=max(1, len(members) // each),
+            seed=seed,
+            threads=1,
+        )
         below = inner.centre[inner.parent == 0] if len(inner.centre) > 1 else inner.centre[:1]
         chosen = np.unique(members[below])
         group_heads.append(int(tree.centre[node]))

@@ -33,7 +33,7 @@ class SearchOptions:
     radius_rule: bool = False
     """also skip a list that the triangle inequality excludes: d(q, head) - radius > the k-th distance so far"""
     filtered_lists: int = 256
-    """most lists that are read under a filter"""
+    """most lists that are read under a filter; a filter that keeps half of the rows reads twice the lists"""
 
     def __post_init__(self) -> None:
         if self.lists is not None and self.lists < 0:

@@ -1,8 +1,9 @@
 """Durable files of an index, behind a small interface that has a fault-injecting twin (``hasten.testing.disk``).
 
-A folder gives writers, renames, removals and the fsync of itself; nothing is durable before its own ``sync`` and, for a new
-name, the folder's. A reader fetches byte ranges of one file: mapped, by ``pread``, or past the page cache with
-``O_DIRECT`` into aligned memory. Ranges are sorted, merged across gaps of at most a page, and read by several threads.
+A folder gives writers, renames, removals and the fsync of itself; nothing is durable before its own ``sync`` and, for
+a new name, the folder's. A reader fetches byte ranges of one file: mapped, by ``pread``, or past the page cache with
+``O_DIRECT`` into aligned memory. Ranges are sorted, merged across gaps of at most a page, and read by several
+threads.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ class Read:
 def merge_reads(files: NDArray[Any], offsets: NDArray[Any], sizes: NDArray[Any], gap: int = PAGE) -> list[Read]:
     """Whole pages for each request, sorted, merged where they lie within ``gap`` bytes of each other.
 
-    >>> [(r.offset, r.size, r.parts) for r in merge_reads(np.zeros(3), np.array([0, 4096, 40960]), np.array([100, 5000, 1]))]
+    >>> reads = merge_reads(np.zeros(3), np.array([0, 4096, 40960]), np.array([100, 5000, 1]))
+    >>> [(r.offset, r.size, r.parts) for r in reads]
     [(0, 12288, (0, 1)), (40960, 4096, (2,))]
     """
     out: list[Read] = []
@@ -222,8 +224,8 @@ class Reader(Protocol):
 class PooledReader:
     """``preadv`` on a pool of threads; ``direct`` bypasses the page cache.
 
-    Ranges arrive in any order. With a deadline, what is not there when it passes is left out; reads under way are abandoned, their
-    buffers stay theirs. Safe to use from several threads.
+    Ranges arrive in any order. With a deadline, what is not there when it passes is left out; reads under way are
+    abandoned, their buffers stay theirs. Safe to use from several threads.
     """
 
     def __init__(self, paths: list[Path], *, direct: bool = False, queue_depth: int = 32) -> None:
@@ -242,7 +244,9 @@ class PooledReader:
             raise OSError(errno.EIO, f"{got} of {read.size} bytes came back")
         return np.frombuffer(buffer, np.uint8)
 
-    def fetch(self, reads: list[Read], clock: Clock, deadline: float | None) -> Iterator[tuple[Read, NDArray[np.uint8]]]:
+    def fetch(
+        self, reads: list[Read], clock: Clock, deadline: float | None
+    ) -> Iterator[tuple[Read, NDArray[np.uint8]]]:
         """Yield (range, bytes) as they arrive, until the deadline (seconds on ``clock``)."""
         waiting: dict[Future[NDArray[np.uint8]], Read] = {self._pool.submit(self._read, r): r for r in reads}
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, bytes_of_list
+from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, bytes_of_list, checksum
 from hasten.retrieve.index.io import PAGE, Writer
 from hasten.retrieve.index.metric import COSINE, factors, native
 
@@ -65,7 +64,9 @@ class ListWriter:
     batch_bytes: int = 1 << 25
     offset: int = 0
 
-    def write(self, heads: NDArray[Any], counts: NDArray[Any], pairs: NDArray[Any], take: Callable[[Any], NDArray[Any]]) -> None:
+    def write(
+        self, heads: NDArray[Any], counts: NDArray[Any], pairs: NDArray[Any], take: Callable[[Any], NDArray[Any]]
+    ) -> None:
         """Write the lists of ``heads``, whose sorted ``pairs`` follow each other with ``counts`` each.
 
         ``take(rows)`` gives the vectors of row numbers. Memory stays near ``batch_bytes`` at a time.
@@ -95,7 +96,7 @@ class ListWriter:
             places = (np.repeat(heads[at:stop].astype(np.int64), counts[at:stop]) << SLOT_BITS) | slots
             fresh = self.location[numbers] < 0
             self.location[numbers[fresh][::-1]] = places[fresh][::-1]
-            self.writer.write(memoryview(out))
+            self.writer.write(out.data)
             self.offset += len(out)
             at = stop
 
@@ -110,8 +111,10 @@ class ListWriter:
         last = np.maximum(begins[1:] - 1, 0)
         far = pairs["distance"][last] if len(pairs) else np.zeros(len(heads), np.float32)
         entry["radius"][heads] = np.where(counts > 0, np.sqrt(np.maximum(far, 0)), 0)
-        for head, offset, size in zip(heads, offsets, sizes, strict=True):  # one checksum per list; the bytes are hashed in C
-            entry["crc32"][head] = zlib.crc32(out[offset : offset + size])
+        for head, offset, size in zip(
+            heads, offsets, sizes, strict=True
+        ):  # one checksum per list; the bytes are hashed in C
+            entry["crc32"][head] = checksum(out[offset : offset + size])
 
 
 def empty_directory(count: int) -> NDArray[Any]:

@@ -1,8 +1,9 @@
 """Metrics as squared distances of one Euclidean space, in which the index is built and pruned.
 
-L2 is itself. Cosine maps ``x`` to ``x / |x|``: d² = 2 - 2 cos. Inner product maps ``x`` to ``(x, sqrt(M² - |x|²))`` with ``M`` the
-largest norm and a query to ``(q, 0)``: d² = |q|² + M² - 2 <q, x>, so that the nearest row has the largest product.
-The rows are stored as they came; the factor (1/|x|, or the extra coordinate) is kept beside them where it is needed.
+L2 is itself. Cosine maps ``x`` to ``x / |x|``: d² = 2 - 2 cos. Inner product maps ``x`` to ``(x, sqrt(M² - |x|²))``
+with ``M`` the largest norm and a query to ``(q, 0)``: d² = |q|² + M² - 2 <q, x>, so that the nearest row has the
+largest product. The rows are stored as they came; the factor (1/|x|, or the extra coordinate) is kept beside them
+where it is needed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ __all__ = ["COSINE", "DTYPES", "INNER", "L2", "code_of", "distances", "factors",
 
 L2, COSINE, INNER = 0, 1, 2
 _NAMES = {
-    "l2": L2, "euclidean": L2, "cosine": COSINE, "angular": COSINE, "ip": INNER, "inner_product": INNER, "dot": INNER,
-}  # fmt: skip
+    "l2": L2,
+    "euclidean": L2,
+    "cosine": COSINE,
+    "angular": COSINE,
+    "ip": INNER,
+    "inner_product": INNER,
+    "dot": INNER,
+}
 NAMES = ("l2", "cosine", "ip")
 DTYPES = ("float32", "float16", "uint8", "int8")
 
@@ -44,11 +51,13 @@ def native(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    return np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+    return np.asarray(np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64)))
 
 
 def factors(rows: NDArray[Any], metric: int, largest: float) -> NDArray[np.float32]:
-    """What belongs to each stored row (n,): 1/|x| for cosine, the extra coordinate for the inner product, nothing for L2."""
+    """What belongs to each stored row (n,): 1/|x| for cosine, the extra coordinate for the inner product, nothing for
+    L2.
+    """
     if metric == L2:
         return np.zeros(0, np.float32)
     norms = _norms(rows.astype(np.float32))
@@ -111,5 +120,7 @@ def check_rows(rows: NDArray[Any], metric: int, first: int = 0) -> float:
     if metric == COSINE:
         zero = np.flatnonzero(norms == 0)
         if len(zero):
-            raise DataError(f"row {first + int(zero[0])} is zero and has no direction; cosine needs non-zero rows, or use l2")
+            raise DataError(
+                f"row {first + int(zero[0])} is zero and has no direction; cosine needs non-zero rows, or use l2"
+            )
     return float(norms.max(initial=0.0))

@@ -14,7 +14,9 @@ _pread = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, t
 
 @numba.njit(nogil=True, cache=True)
 def read_rows(descriptor, offsets, out):
-    """Fill ``out`` (rows, bytes) uint8 from the offsets; rows that follow each other are one read. Returns what is missing."""
+    """Fill ``out`` (rows, bytes) uint8 from the offsets; rows that follow each other are one read. Returns what is
+    missing.
+    """
     size = out.shape[1]
     base = address_of(out)
     at = 0

@@ -1,7 +1,8 @@
-"""Searching one opened generation: prepare queries, call the kernels on as many threads as wanted, translate the answer.
+"""Searching one opened generation: prepare queries, call the kernels on as many threads as wanted, translate the
+answer.
 
-With ``io="mmap"`` a batch is one call without the GIL per thread. With ``pread`` or ``direct``, or a deadline, each query plans its lists,
-merges them into reads, and scores each read as it arrives while the others are under way.
+With ``io="mmap"`` a batch is one call without the GIL per thread. With ``pread`` or ``direct``, or a deadline, each
+query plans its lists, merges them into reads, and scores each read as it arrives while the others are under way.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from hasten.clock import Clock
 from hasten.errors import InvalidRequestError
 from hasten.retrieve.index import scan
-from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation, bytes_of_list
+from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation
 from hasten.retrieve.index.graph import walk_many
 from hasten.retrieve.index.hit import SearchOptions, SearchStats
 from hasten.retrieve.index.io import PAGE, Read, Reader, merge_reads
@@ -38,7 +39,9 @@ class View:
     dead: NDArray[np.uint8]
     """bitmap over the generation's rows; empty: none"""
     floor: float
-    """least squared distance to the nearest head that pruning assumes, so that a query equal to a head keeps its neighbours"""
+    """least squared distance to the nearest head that pruning assumes, so that a query equal to a head keeps its
+    neighbours
+    """
     heads: tuple[Any, ...]
     """what the kernels take for the heads"""
     lists: tuple[Any, ...]
@@ -123,9 +126,17 @@ def check_queries(queries: Any, width: int) -> NDArray[Any]:
 
 
 def run(
-    view: View, queries: NDArray[Any], k: int, options: SearchOptions, mask: NDArray[np.uint8], scratch: Scratch,
-    *, pool: ThreadPoolExecutor | None = None, threads: int = 1, detail: bool = True,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:  # fmt: skip
+    view: View,
+    queries: NDArray[Any],
+    k: int,
+    options: SearchOptions,
+    mask: NDArray[np.uint8],
+    scratch: Scratch,
+    *,
+    pool: ThreadPoolExecutor | None = None,
+    threads: int = 1,
+    detail: bool = True,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:
     """Values and row numbers (Q, k), straight from the map."""
     g = view.generation
     count = len(queries)
@@ -140,9 +151,23 @@ def run(
     def part(begin: int, end: int) -> None:
         own = scratch.take(heads, beam)
         scan.search(
-            prepared[begin:end], consts[begin:end], g.metric, view.heads, view.lists, view.delta, view.dead, mask, knobs,
-            options.filtered_lists, k, own, values[begin:end], rows[begin:end], told[begin:end], detail,
-        )  # fmt: skip
+            prepared[begin:end],
+            consts[begin:end],
+            g.metric,
+            view.heads,
+            view.lists,
+            view.delta,
+            view.dead,
+            mask,
+            knobs,
+            options.filtered_lists,
+            k,
+            own,
+            values[begin:end],
+            rows[begin:end],
+            told[begin:end],
+            detail,
+        )
         scratch.give(heads, beam, own)
 
     if threads <= 1 or count < 2 or pool is None:
@@ -151,9 +176,12 @@ def run(
         cuts = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int)
         list(pool.map(part, cuts[:-1], cuts[1:]))
     stats = SearchStats(
-        told[:, scan.LISTS], told[:, scan.RUNS], told[:, scan.PAGES] * PAGE, told[:, scan.CHECKS] + told[:, scan.CANDIDATES],
+        told[:, scan.LISTS],
+        told[:, scan.RUNS],
+        told[:, scan.PAGES] * PAGE,
+        told[:, scan.CHECKS] + told[:, scan.CANDIDATES],
         np.ones(count, np.bool_),
-    )  # fmt: skip
+    )
     return values, rows, stats
 
 
@@ -166,18 +194,43 @@ def plan(
     stamps, epoch, pool_d, pool_i, _ = scratch
     size, checks = np.zeros(1, np.int64), np.zeros(1, np.int64)
     walk_many(
-        query, const, np.zeros(1, np.float32), g.heads, g.extra, g.graph, g.seeds, g.metric, beam, max_check, stamps, epoch,
-        pool_d[None], pool_i[None], size, checks,
-    )  # fmt: skip
+        query,
+        const,
+        np.zeros(1, np.float32),
+        g.heads,
+        g.extra,
+        g.graph,
+        g.seeds,
+        g.metric,
+        beam,
+        max_check,
+        stamps,
+        epoch,
+        pool_d[None],
+        pool_i[None],
+        size,
+        checks,
+    )
     near, found = pool_i[: size[0]].astype(np.int64), pool_d[: size[0]]
-    kept = near[(found <= np.float32(ratio) * max(found[0], np.float32(floor))) & (g.counts[near] > 0)] if size[0] else near
+    kept = (
+        near[(found <= np.float32(ratio) * max(found[0], np.float32(floor))) & (g.counts[near] > 0)]
+        if size[0]
+        else near
+    )
     return kept[:limit], int(checks[0])
 
 
 def run_read(
-    view: View, queries: NDArray[Any], k: int, options: SearchOptions, mask: NDArray[np.uint8], scratch: Scratch,
-    reader: Reader, clock: Clock, deadline: float | None,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:  # fmt: skip
+    view: View,
+    queries: NDArray[Any],
+    k: int,
+    options: SearchOptions,
+    mask: NDArray[np.uint8],
+    scratch: Scratch,
+    reader: Reader,
+    clock: Clock,
+    deadline: float | None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], SearchStats]:
     """The same through a reader: each read is scored while the others are under way; ``deadline`` seconds per query."""
     g = view.generation
     count = len(queries)
@@ -199,18 +252,44 @@ def run_read(
         until = None if deadline is None else clock.now() + deadline
         if everything:
             scan.search(
-                prepared[q : q + 1], consts[q : q + 1], g.metric, view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii), view.delta, view.dead, mask, (-1, 0.0, 0.0, 1, 1, 0), 0, k,
-                own, values[q : q + 1], rows[q : q + 1], np.zeros((1, 5), np.int64), False,
-            )  # fmt: skip
+                prepared[q : q + 1],
+                consts[q : q + 1],
+                g.metric,
+                view.heads,
+                (g.addresses, np.zeros_like(g.counts), g.radii),
+                view.delta,
+                view.dead,
+                mask,
+                (-1, 0.0, 0.0, 1, 1, 0),
+                0,
+                k,
+                own,
+                values[q : q + 1],
+                rows[q : q + 1],
+                np.zeros((1, 5), np.int64),
+                False,
+            )
             chosen = np.flatnonzero(g.counts > 0)
             checks = len(g.counts)
         else:  # heads and the rows in memory, no list
             scan.search(
-                prepared[q : q + 1], consts[q : q + 1], g.metric, view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii), view.delta, view.dead, mask, knobs, knobs[0], k, own,
-                values[q : q + 1], rows[q : q + 1], np.zeros((1, 5), np.int64), False,
-            )  # fmt: skip
+                prepared[q : q + 1],
+                consts[q : q + 1],
+                g.metric,
+                view.heads,
+                (g.addresses, np.zeros_like(g.counts), g.radii),
+                view.delta,
+                view.dead,
+                mask,
+                knobs,
+                knobs[0],
+                k,
+                own,
+                values[q : q + 1],
+                rows[q : q + 1],
+                np.zeros((1, 5), np.int64),
+                False,
+            )
             chosen, checks = plan(view, prepared[q : q + 1], consts[q : q + 1], knobs, own)
         found = int(np.count_nonzero(rows[q] >= 0))
         entry = g.directory[chosen]
@@ -221,9 +300,19 @@ def run_read(
             parts = np.array(read.parts)
             addresses = data.ctypes.data + entry["offset"][parts].astype(np.int64) - read.offset
             found = scan.scan_lists(
-                g.heads, g.metric, prepared[q].ctypes.data, consts[q], addresses, g.counts[chosen[parts]], values[q], rows[q],
-                found, k, view.dead, mask,
-            )  # fmt: skip
+                g.heads,
+                g.metric,
+                prepared[q].ctypes.data,
+                consts[q],
+                addresses,
+                g.counts[chosen[parts]],
+                values[q],
+                rows[q],
+                found,
+                k,
+                view.dead,
+                mask,
+            )
             cost[q] += (len(parts), 1, read.size, int(entry["count"][parts].sum()))
         cost[q, 3] += checks
         complete[q] = missing == 0
@@ -243,9 +332,7 @@ def row_addresses(view: View, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64
     lists = np.where(head, 0, where >> SLOT_BITS)
     slot = where & ((1 << SLOT_BITS) - 1)
     number = np.where(head, where & ~HEAD_BIT, 0)
-    place[old] = np.where(
-        head, g.heads.ctypes.data + number * g.row_bytes, g.addresses[lists] + slot * g.row_bytes
-    )  # fmt: skip
+    place[old] = np.where(head, g.heads.ctypes.data + number * g.row_bytes, g.addresses[lists] + slot * g.row_bytes)
     if g.metric == COSINE:
         begin = (g.addresses[lists] + g.counts[lists].astype(np.int64) * g.row_bytes + 3) // 4 * 4
         factor[old] = np.where(head, g.extra.ctypes.data + 4 * number, begin + 4 * slot)
@@ -279,7 +366,9 @@ def run_rows(
 def run_within(
     view: View, queries: NDArray[Any], radius: float, mask: NDArray[np.uint8], total: int
 ) -> tuple[NDArray[np.int64], list[NDArray[np.float32]], list[NDArray[np.int64]], NDArray[np.int64]]:
-    """Every row within ``radius`` (L2 distance, 1 - cosine, or minus the inner product): counts, values, rows, lists read."""
+    """Every row within ``radius`` (L2 distance, 1 - cosine, or minus the inner product): counts, values, rows, lists
+    read.
+    """
     g = view.generation
     prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
     counts, lists = np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64)
@@ -296,9 +385,21 @@ def run_within(
         while True:
             out_d, out_r = np.empty(size, np.float32), np.empty(size, np.int64)
             found, read = scan.within(
-                prepared, consts, q, g.metric, view.heads, view.lists, view.delta, view.dead, mask, np.float32(reach),
-                np.float32(square), out_d, out_r, np.zeros(total // 8 + 1, np.uint8),
-            )  # fmt: skip
+                prepared,
+                consts,
+                q,
+                g.metric,
+                view.heads,
+                view.lists,
+                view.delta,
+                view.dead,
+                mask,
+                np.float32(reach),
+                np.float32(square),
+                out_d,
+                out_r,
+                np.zeros(total // 8 + 1, np.uint8),
+            )
             if found <= size:
                 break
             size = int(found)
@@ -307,8 +408,3 @@ def run_within(
         values.append(out_d[:found][order])
         rows.append(out_r[:found][order])
     return counts, values, rows, lists
-
-
-def list_sizes(generation: Generation) -> NDArray[np.int64]:
-    """Bytes of every list, padded to pages."""
-    return -(-bytes_of_list(generation.counts.astype(np.int64), generation.row_bytes, generation.metric) // PAGE) * PAGE

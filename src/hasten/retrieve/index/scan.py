@@ -1,8 +1,8 @@
 """The hot path of a search: walk the heads, prune the lists, score them in place, keep the best k.
 
-One call scores a batch of queries without the GIL, straight out of the memory map: a list is one contiguous block, so the
-traffic per query is (lists) x (rows per list) x (bytes per row), and the next 4 KiB are asked for while a block is scored.
-Candidates carry row numbers; a row in several lists is offered once. Nothing here allocates per list.
+One call scores a batch of queries without the GIL, straight out of the memory map: a list is one contiguous block, so
+the traffic per query is (lists) x (rows per list) x (bytes per row), and the next 4 KiB are asked for while a block
+is scored. Candidates carry row numbers; a row in several lists is offered once. Nothing here allocates per list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from hasten.retrieve.index.simd import (
     squared4,
 )
 
-__all__ = ["CANDIDATES", "CHECKS", "LISTS", "PAGES", "RUNS", "list_bytes", "scan_lists", "score_rows", "search", "within"]
+__all__ = [
+    "CANDIDATES",
+    "CHECKS",
+    "LISTS",
+    "PAGES",
+    "RUNS",
+    "list_bytes",
+    "scan_lists",
+    "score_rows",
+    "search",
+    "within",
+]
 
 PAGE = 4096
 AHEAD = 4096
@@ -190,17 +201,29 @@ def _mapped(metric, const, value):
 def _plan(head_state, lists, metric, query, const, knobs, scratch):
     """The lists that one query reads, nearest head first: fills ``scratch``'s pool; returns (found, kept, checks).
 
-    ``knobs`` is (lists, ratio, floor, beam, max_check, radius rule) with ``ratio`` = (1 + epsilon)²: list ``j`` is kept iff
-    d²(q, c_j) <= ratio * max(d²(q, c_1), floor).
+    ``knobs`` is (lists, ratio, floor, beam, max_check, radius rule) with ``ratio`` = (1 + epsilon)²: list ``j`` is
+    kept iff d²(q, c_j) <= ratio * max(d²(q, c_1), floor).
     """
     heads, extra, graph, seeds, head_row = head_state
     counts = lists[1]
     limit, ratio, floor, beam, max_check, _ = knobs
     stamps, epoch, pool_d, pool_i, order = scratch
     found, checks = walk(
-        heads, extra, graph, seeds, metric, query, const, numba.float32(0.0), int(beam), int(max_check), stamps, epoch,
-        pool_d, pool_i,
-    )  # fmt: skip
+        heads,
+        extra,
+        graph,
+        seeds,
+        metric,
+        query,
+        const,
+        numba.float32(0.0),
+        int(beam),
+        int(max_check),
+        stamps,
+        epoch,
+        pool_d,
+        pool_i,
+    )
     kept = 0
     if found:
         reach = numba.float32(ratio) * max(pool_d[0], numba.float32(floor))
@@ -246,12 +269,28 @@ def scan_lists(sample, metric, query, const, addresses, counts, best_d, best_r, 
 
 @njit
 def search(
-    queries, consts, metric, head_state, lists, delta, dead, mask, knobs, filtered, k, scratch, out_d, out_r, stats, detail
-):  # fmt: skip
+    queries,
+    consts,
+    metric,
+    head_state,
+    lists,
+    delta,
+    dead,
+    mask,
+    knobs,
+    filtered,
+    k,
+    scratch,
+    out_d,
+    out_r,
+    stats,
+    detail,
+):
     """Search a batch: queries (count, lanes) float32 -> values ``out_d`` and rows ``out_r`` (count, k), ascending.
 
-    ``lists`` is (addresses, counts, radii). A negative number of lists scores everything. ``filtered`` lists are read at most
-    under a ``mask``. ``stats`` (count, 5) int64. ``detail`` also counts pages and reads. Slots without an answer hold inf and -1.
+    ``lists`` is (addresses, counts, radii). A negative number of lists scores everything. ``filtered`` lists are read
+    at most under a ``mask``. ``stats`` (count, 5) int64. ``detail`` also counts pages and reads. Slots without an
+    answer hold inf and -1.
     """
     heads, extra, _, _, head_row = head_state
     addresses, counts, radii = lists
@@ -277,7 +316,19 @@ def search(
                     found = _offer(best_d, best_r, found, k, value, head_row[h], dead, mask)
                 if counts[h] > 0:
                     found = _scan_list(
-                        heads, metric, query, const, width, addresses[h], counts[h], best_d, best_r, found, k, dead, mask
+                        heads,
+                        metric,
+                        query,
+                        const,
+                        width,
+                        addresses[h],
+                        counts[h],
+                        best_d,
+                        best_r,
+                        found,
+                        k,
+                        dead,
+                        mask,
                     )
                 total += counts[h]
                 if has_delta:
@@ -298,14 +349,30 @@ def search(
                 h = pool_i[t]
                 if read >= filtered:
                     break
-                if read >= limit and found == k and pool_d[t] > stretch * max(_mapped(metric, const, best_d[k - 1]), 0.0):
+                if (
+                    read >= limit
+                    and found == k
+                    and pool_d[t] > stretch * max(_mapped(metric, const, best_d[k - 1]), 0.0)
+                ):
                     break
                 if counts[h] > 0:
                     order[read] = t
                     read += 1
                     candidates += counts[h]
                     found = _scan_list(
-                        heads, metric, query, const, width, addresses[h], counts[h], best_d, best_r, found, k, dead, mask
+                        heads,
+                        metric,
+                        query,
+                        const,
+                        width,
+                        addresses[h],
+                        counts[h],
+                        best_d,
+                        best_r,
+                        found,
+                        k,
+                        dead,
+                        mask,
                     )
                 if has_delta:
                     found = _scan_delta(metric, query, const, h, delta, best_d, best_r, found, k, mask)
@@ -336,7 +403,9 @@ def search(
 
 @njit
 def score_rows(sample, metric, query, const, addresses, factors, rows, k, best_d, best_r):
-    """Offer single rows that lie at ``addresses``; the brute path of a narrow filter. Returns how many answers there are."""
+    """Offer single rows that lie at ``addresses``; the brute path of a narrow filter. Returns how many answers there
+    are.
+    """
     found = 0
     nothing = np.empty(0, np.uint8)
     for t in range(rows.shape[0]):
@@ -351,8 +420,9 @@ def score_rows(sample, metric, query, const, addresses, factors, rows, k, best_d
 def within(queries, consts, q, metric, head_state, lists, delta, dead, mask, radius, limit, out_d, out_r, seen):
     """Every live row whose squared mapped distance is at most ``limit``; returns (rows found, lists read).
 
-    A list is skipped only if the triangle inequality excludes all of it, so nothing is missed. What does not fit into ``out_d`` and
-    ``out_r`` is counted but not written; ``seen`` (rows / 8) is cleared scratch that drops repeated rows.
+    A list is skipped only if the triangle inequality excludes all of it, so nothing is missed. What does not fit into
+    ``out_d`` and ``out_r`` is counted but not written; ``seen`` (rows / 8) is cleared scratch that drops repeated
+    rows.
     """
     heads, extra, _, _, head_row = head_state
     addresses, counts, radii = lists

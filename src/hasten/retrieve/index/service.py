@@ -1,8 +1,9 @@
 """An index over HTTP: plain ASGI, JSON or binary vectors, Prometheus metrics, concurrent queries in one batch.
 
-Queries that wait while a batch is under way form the next one, if their knobs agree; nothing waits for company. ``POST /search`` ``/add``
-``/upsert`` ``/delete`` ``/compact``; ``GET /health`` ``/stats`` ``/metrics``. A binary search sends float32 rows (little endian) with its knobs in
-the query string, and gets (count u32, k u32), the ids (int64), the distances (float32).
+Queries that wait while a batch is under way form the next one, if their knobs agree; nothing waits for company.
+``POST /search`` ``/add`` ``/upsert`` ``/delete`` ``/compact``; ``GET /health`` ``/stats`` ``/metrics``. A binary
+search sends float32 rows (little endian) with its knobs in the query string, and gets (count u32, k u32), the ids
+(int64), the distances (float32).
 """
 
 from __future__ import annotations
@@ -190,9 +191,15 @@ class IndexApp:
     """The ASGI application over one index."""
 
     def __init__(
-        self, index: Spann, *, clock: Clock | None = None, max_body: int = 1 << 26, max_batch: int = 256, max_queue: int = 4096,
+        self,
+        index: Spann,
+        *,
+        clock: Clock | None = None,
+        max_body: int = 1 << 26,
+        max_batch: int = 256,
+        max_queue: int = 4096,
         threads: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.index = index
         self._clock = clock or MonotonicClock()
         self._max_body = max_body
@@ -230,11 +237,15 @@ class IndexApp:
         except HastenError as error:
             status = _status_of(error)
             headers = {"retry-after": str(math.ceil(error.retry_after))} if isinstance(error, OverloadedError) else {}
-            await _json(send, status, {"error": {"message": str(error), "param": getattr(error, "param", None)}}, headers)
+            await _json(
+                send, status, {"error": {"message": str(error), "param": getattr(error, "param", None)}}, headers
+            )
         except Exception:
             logger.exception("%s failed", path)
             status = 500
-            await _json(send, 500, {"error": {"message": "the server failed on this request; its log says why", "param": None}})
+            await _json(
+                send, 500, {"error": {"message": "the server failed on this request; its log says why", "param": None}}
+            )
         name = path if path in self._routes else "other"
         self._requests[name, status] = self._requests.get((name, status), 0) + 1
         if path == "/search" and status == 200:
@@ -271,7 +282,9 @@ class IndexApp:
             given = {k: v[-1] for k, v in parse_qs(scope.get("query_string", b"").decode()).items()}
             row = 4 * self.index.width
             if not body or len(body) % row:
-                raise InvalidRequestError(f"the body has {len(body)} bytes; send whole float32 rows of {row} bytes", "body")
+                raise InvalidRequestError(
+                    f"the body has {len(body)} bytes; send whole float32 rows of {row} bytes", "body"
+                )
             queries = np.frombuffer(body, "<f4").reshape(-1, self.index.width)
         else:
             given = _object(body)
@@ -322,6 +335,8 @@ class IndexApp:
 
     async def _compact(self, scope: Any, receive: Receive, send: Send) -> int:
         await self._body(receive)
+        if self.index.read_only:
+            raise DataError("the index is open read-only; serve it without --read-only")
         self.index.compact_in_background()
         return await _json(send, 202, {"generation": self.index.generation})
 
@@ -404,10 +419,13 @@ def _whole(ids: list[Any]) -> list[int]:
 def _knobs(given: dict[str, Any]) -> dict[str, Any]:
     """What a request may ask for; text (of a query string) is read as numbers."""
     readers: dict[str, Callable[[Any], Any]] = {
-        "k": int, "lists": int, "epsilon": float, "beam": int,
+        "k": int,
+        "lists": int,
+        "epsilon": float,
+        "beam": int,
         "deadline": lambda v: parse_quantity(v, "time") if isinstance(v, str) else float(v),
         "where": lambda v: json.loads(v) if isinstance(v, str) else v,
-    }  # fmt: skip
+    }
     out = {}
     for name, value in given.items():
         if name not in readers:
@@ -431,7 +449,9 @@ async def _respond(send: Send, status: int, body: bytes, headers: dict[str, str]
 
 
 async def _json(send: Send, status: int, value: Any, headers: dict[str, str] | None = None) -> int:
-    return await _respond(send, status, json.dumps(value).encode(), {"content-type": "application/json", **(headers or {})})
+    return await _respond(
+        send, status, json.dumps(value).encode(), {"content-type": "application/json", **(headers or {})}
+    )
 
 
 def serve(index: Spann, host: str = "127.0.0.1", port: int = 8000, *, threads: int = 1, max_batch: int = 256) -> None:

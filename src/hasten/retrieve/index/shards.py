@@ -1,9 +1,10 @@
 """One collection on many machines: parts by the same balanced partition, dispatch by the same pruning.
 
-The collection is cut into more parts than machines (balanced clustering; rows on a border are kept in both parts), each part is an index of its own,
-and parts are packed onto machines by load (best fit, heaviest first). A query goes to the parts whose centre is at most (1 + epsilon)
-times as far as the nearest one. A machine that is lost is reported and the answer marked incomplete. Machines are threads of this process,
-or Ray actors (``hasten[ray]``); nothing here needs Ray otherwise.
+The collection is cut into more parts than machines (balanced clustering; rows on a border are kept in both parts),
+each part is an index of its own, and parts are packed onto machines by load (best fit, heaviest first). A query goes
+to the parts whose centre is at most (1 + epsilon) times as far as the nearest one. A machine that is lost is reported
+and the answer marked incomplete. Machines are threads of this process, or Ray actors (``hasten[ray]``); nothing here
+needs Ray otherwise.
 """
 
 from __future__ import annotations
@@ -196,18 +197,30 @@ class Shards:
         """queries that each part has answered: what :meth:`rebalance` packs by"""
         self._path = place
         self._transport = transport or LocalTransport()
-        self._transport.start(str(place), [[p for p, m in enumerate(self.machine_of) if m == i] for i in range(self.machines)])
+        self._transport.start(
+            str(place), [[p for p, m in enumerate(self.machine_of) if m == i] for i in range(self.machines)]
+        )
 
     @classmethod
     def build(
-        cls, vectors: Any, path: str | os.PathLike[str], *, machines: int, parts_per_machine: int = 4, overlap: float = 0.05,
-        copies: int = 2, balanced: bool = True, ids: Any = None, options: BuildOptions | None = None,
+        cls,
+        vectors: Any,
+        path: str | os.PathLike[str],
+        *,
+        machines: int,
+        parts_per_machine: int = 4,
+        overlap: float = 0.05,
+        copies: int = 2,
+        balanced: bool = True,
+        ids: Any = None,
+        options: BuildOptions | None = None,
         transport: Transport | None = None,
-    ) -> Shards:  # fmt: skip
+    ) -> Shards:
         """Cut, build every part, pack, open.
 
-        ``overlap``: a row also goes to a part whose centre is at most (1 + overlap) times as far as the nearest, in a different direction (RNG
-        rule), up to ``copies`` parts. ``balanced`` False cuts at random, as a baseline that no dispatch can prune.
+        ``overlap``: a row also goes to a part whose centre is at most (1 + overlap) times as far as the nearest, in a
+        different direction (RNG rule), up to ``copies`` parts. ``balanced`` False cuts at random, as a baseline that
+        no dispatch can prune.
         """
         target = Path(path)
         if target.exists() and any(target.iterdir()):
@@ -225,9 +238,17 @@ class Shards:
         sample = mapped(source.take(np.sort(rng.choice(n, min(n, 20_000), replace=False))), metric, largest)
         centres = np.empty((count, sample.shape[1]), np.float32)
         cluster(
-            sample, np.arange(len(sample)), 0, len(sample), count, 1.0, True, np.array([options.seed + 17], np.uint64), centres,
+            sample,
+            np.arange(len(sample)),
+            0,
+            len(sample),
+            count,
+            1.0,
+            True,
+            np.array([options.seed + 17], np.uint64),
+            centres,
             workspace(count, sample.shape[1], len(sample)),
-        )  # fmt: skip
+        )
         members: list[list[NDArray[np.int64]]] = [[] for _ in range(count)]
         for begin in range(0, n, block):
             rows = mapped(source.block(begin, min(begin + block, n)), metric, largest)
@@ -251,8 +272,12 @@ class Shards:
                 sizes.append(len(own))
             np.save(partial / "centres.npy", centres if balanced else np.zeros_like(centres))
             plan = {
-                "metric": options.metric, "largest": largest, "rows": sizes, "total": n, "machine_of": pack(sizes, machines),
-            }  # fmt: skip
+                "metric": options.metric,
+                "largest": largest,
+                "rows": sizes,
+                "total": n,
+                "machine_of": pack(sizes, machines),
+            }
             (partial / PLAN).write_text(json.dumps(plan))
             os.chmod(partial, 0o755)
             if target.exists():
@@ -266,7 +291,7 @@ class Shards:
 
     def search(
         self, queries: Any, k: int = 10, *, epsilon: float = 0.1, options: SearchOptions | None = None
-    ) -> ShardHit:  # fmt: skip
+    ) -> ShardHit:
         """Ask the parts near each query; ``epsilon`` is the pruning of the dispatch, inf asks all."""
         array = np.atleast_2d(np.asarray(queries))
         near = self._near(array, epsilon)
@@ -296,8 +321,8 @@ class Shards:
             for numbers, distance, found in answers:
                 values[numbers], ids[numbers] = _merge(values[numbers], ids[numbers], distance, found, k)
         touched = np.zeros((len(array), self.machines), np.bool_)
-        for part in range(near.shape[1]):
-            touched[:, owner[part]] |= near[:, part]
+        for place, machine in enumerate(self.machine_of):
+            touched[:, machine] |= near[:, place]
         return ShardHit(values, ids, near.sum(1), touched.sum(1), complete, tuple(lost))
 
     def _begin(self, machine: int, jobs: Any, k: int, options: Any) -> Callable[[], Any]:
@@ -322,7 +347,9 @@ class Shards:
         return np.asarray(distance <= (1 + epsilon) * distance.min(1, keepdims=True) + 1e-6)
 
     def rebalance(self, loads: Sequence[float] | None = None) -> list[int]:
-        """Pack the parts anew by the load that they have had, and write the plan; open again to use it. Returns the machines."""
+        """Pack the parts anew by the load that they have had, and write the plan; open again to use it. Returns the
+        machines.
+        """
         observed = self.load if loads is None else np.asarray(loads, float)
         if len(observed) != len(self.rows):
             raise ConfigurationError(f"{len(observed)} loads were given for {len(self.rows)} parts")

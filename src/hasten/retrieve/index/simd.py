@@ -1,8 +1,9 @@
 """Distances between a float32 query and stored rows, written as vector instructions.
 
-The compiler does not vectorise a short reduction well (its remainder is scalar), so the loops are emitted here: sixteen
-lanes, fused multiply-add, one masked step for what is left, four rows at a time so that four chains hide the latency.
-Rows are float32, float16 (kept as uint16), uint8 or int8; they are named by address, so that they may lie in a memory map.
+The compiler does not vectorise a short reduction well (its remainder is scalar), so the loops are emitted here:
+sixteen lanes, fused multiply-add, one masked step for what is left, four rows at a time so that four chains hide the
+latency. Rows are float32, float16 (kept as uint16), uint8 or int8; they are named by address, so that they may lie in
+a memory map.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where vectors come from: arrays, memory maps, the files of the field, HDF5, Parquet, iterators.
 
-A source has a length, a width and a dtype and gives rows by number; a memory map is read by ``pread``, so that a build reads a
-collection that is larger than its memory. What cannot be read by row (HDF5, Parquet, iterators) is copied to a plain
-file first, block by block.
+A source has a length, a width and a dtype and gives rows by number; a memory map is read by ``pread``, so that a
+build reads a collection that is larger than its memory. What cannot be read by row (HDF5, Parquet, iterators) is
+copied to a plain file first, block by block.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Source:
 
 
 class _File:
-    """The file behind a memory map, read by ``pread``: pages that are touched in a map would count as memory of the process."""
+    """The file behind a memory map, read by ``pread``: pages that are touched in a map would count as memory of the
+    process.
+    """
 
     def __init__(self, path: str, first: int, stride: int, width: int, dtype: np.dtype[Any]) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -111,9 +113,10 @@ def open_source(
 ) -> Source:
     """A source from an array, a memory map, a path, or an iterable of arrays.
 
-    Paths: ``.npy``, ``.fvecs``, ``.bvecs``, ``.fbin``, ``.f16bin``, ``.u8bin``, ``.i8bin``, ``.hdf5`` (dataset ``train`` of ann-benchmarks, or
-    ``column``), ``.parquet`` (``column`` names the list column). ``spool`` is a folder for the copy of what has no rows to
-    seek. Raises :class:`~hasten.errors.DataError` with one line, :class:`~hasten.errors.MissingExtraError` for h5py or pyarrow.
+    Paths: ``.npy``, ``.fvecs``, ``.bvecs``, ``.fbin``, ``.f16bin``, ``.u8bin``, ``.i8bin``, ``.hdf5`` (dataset
+    ``train`` of ann-benchmarks, or ``column``), ``.parquet`` (``column`` names the list column). ``spool`` is a
+    folder for the copy of what has no rows to seek. Raises :class:`~hasten.errors.DataError` with one line,
+    :class:`~hasten.errors.MissingExtraError` for h5py or pyarrow.
     """
     if isinstance(vectors, Source):
         return vectors
@@ -206,7 +209,9 @@ def _parquet(path: Path, column: str | None, block_bytes: int) -> Iterator[NDArr
         if len(values) == 0:
             continue
         if values.null_count or len(flat) % len(values):
-            raise DataError(f"column {column!r} of {str(path)!r} has rows of different widths near row {seen}; all must agree")
+            raise DataError(
+                f"column {column!r} of {str(path)!r} has rows of different widths near row {seen}; all must agree"
+            )
         seen += len(values)
         yield flat.reshape(len(values), -1)
 
@@ -227,7 +232,9 @@ def _spooled(blocks: Iterator[Any], folder: Path | None) -> Source:
                 if count == 0:
                     width, kind = part.shape[1], part.dtype
                 if part.ndim != 2 or part.shape[1] != width or part.dtype != kind:
-                    raise DataError(f"row {count} is {part.dtype} of width {part.shape[-1]}; the rows before are {kind} of {width}")
+                    raise DataError(
+                        f"row {count} is {part.dtype} of width {part.shape[-1]}; the rows before are {kind} of {width}"
+                    )
                 file.write(np.ascontiguousarray(part).tobytes())
                 count += len(part)
         if count == 0:

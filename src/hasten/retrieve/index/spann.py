@@ -1,8 +1,9 @@
 """The index: build, open, search, change, compact, check.
 
-Contracts. Any number of threads may search while one changes the index: a search sees the state of one moment, calls that change
-wait for each other. ``add``, ``upsert`` and ``delete`` are durable and visible when they return. One process may open an index for writing,
-any number read-only. Answers are sorted; a row that lies in several lists is returned once.
+Contracts. Any number of threads may search while one changes the index: a search sees the state of one moment, calls
+that change wait for each other. ``add``, ``upsert`` and ``delete`` are durable and visible when they return. One
+process may open an index for writing, any number read-only. Answers are sorted; a row that lies in several lists is
+returned once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from hasten.retrieve.index.update import assign, compact_generation
 
 if TYPE_CHECKING:
     from hasten.retrieve.index.care import Verification
-    from hasten.retrieve.index.cost import Cost
+    from hasten.retrieve.index.cost_model import Cost
     from hasten.retrieve.index.tune import Tuned
 
 __all__ = ["Spann"]
@@ -59,10 +60,18 @@ class Spann:
     """
 
     def __init__(
-        self, folder: Folder, *, memory: float | None = None, io: str = "mmap", queue_depth: int = 32, threads: int = 1,
-        read_only: bool = False, clock: Clock | None = None, reader: Callable[[Reader], Reader] | None = None,
+        self,
+        folder: Folder,
+        *,
+        memory: float | None = None,
+        io: str = "mmap",
+        queue_depth: int = 32,
+        threads: int = 1,
+        read_only: bool = False,
+        clock: Clock | None = None,
+        reader: Callable[[Reader], Reader] | None = None,
         auto_compact: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if io not in ("mmap", "pread", "direct"):
             raise ConfigurationError(f"io is {io!r}; choose mmap, pread or direct")
         self._folder = folder
@@ -96,37 +105,59 @@ class Spann:
 
     @classmethod
     def build(
-        cls, vectors: Any, path: str | os.PathLike[str], *, ids: Any = None, attributes: dict[str, Any] | None = None,
-        column: str | None = None, progress: Callable[[str, float], None] | None = None, **options: Any,
-    ) -> Spann:  # fmt: skip
+        cls,
+        vectors: Any,
+        path: str | os.PathLike[str],
+        *,
+        ids: Any = None,
+        attributes: dict[str, Any] | None = None,
+        column: str | None = None,
+        progress: Callable[[str, float], None] | None = None,
+        **options: Any,
+    ) -> Spann:
         """Build an index in the new directory ``path`` and open it.
 
-        ``vectors``: array (n, d), memory map, ``.npy .fvecs .bvecs .fbin .u8bin .i8bin .hdf5 .parquet`` file, or an iterable of arrays.
-        ``options`` are the fields of :class:`~hasten.retrieve.index.build.BuildOptions`: ``metric``, ``head_ratio``, ``replicas``, ``memory`` …
-        Raises DataError naming the row at fault, ConfigurationError for knobs that cannot be meant; a failed build leaves nothing.
+        ``vectors``: array (n, d), memory map, ``.npy .fvecs .bvecs .fbin .u8bin .i8bin .hdf5 .parquet`` file, or an
+        iterable of arrays. ``options`` are the fields of :class:`~hasten.retrieve.index.build.BuildOptions`:
+        ``metric``, ``head_ratio``, ``replicas``, ``memory`` … Raises DataError naming the row at fault,
+        ConfigurationError for knobs that cannot be meant; a failed build leaves nothing.
         """
         chosen = _options(options)
-        build(
-            vectors, path, chosen, ids=ids, attributes=attributes, column=column, **({"progress": progress} if progress else {})
-        )
+        told: dict[str, Any] = {"progress": progress} if progress else {}
+        build(vectors, path, chosen, ids=ids, attributes=attributes, column=column, **told)
         return cls.open(path)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, memory: float | str | None = None, io: str = "mmap", queue_depth: int = 32,
-        threads: int = 1, read_only: bool = False, clock: Clock | None = None, auto_compact: int | None = None,
-    ) -> Spann:  # fmt: skip
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        memory: float | str | None = None,
+        io: str = "mmap",
+        queue_depth: int = 32,
+        threads: int = 1,
+        read_only: bool = False,
+        clock: Clock | None = None,
+        auto_compact: int | None = None,
+    ) -> Spann:
         """Open an index.
 
-        ``memory`` bounds what is copied into memory; beyond it the walk runs from the map. ``io``: ``mmap`` (page cache), ``pread`` (reads on a
-        pool of ``queue_depth`` threads), ``direct`` (past the page cache). ``auto_compact``: rows added after which a compaction starts
-        in the background. Raises DataError with one line where there is no good index.
+        ``memory`` bounds what is copied into memory; beyond it the walk runs from the map. ``io``: ``mmap`` (page
+        cache), ``pread`` (reads on a pool of ``queue_depth`` threads), ``direct`` (past the page cache).
+        ``auto_compact``: rows added after which a compaction starts in the background. Raises DataError with one line
+        where there is no good index.
         """
         limit = parse_quantity(memory, "bytes") if isinstance(memory, str) else memory
         return cls(
-            DiskFolder(path), memory=limit, io=io, queue_depth=queue_depth, threads=threads, read_only=read_only, clock=clock,
+            DiskFolder(path),
+            memory=limit,
+            io=io,
+            queue_depth=queue_depth,
+            threads=threads,
+            read_only=read_only,
+            clock=clock,
             auto_compact=auto_compact,
-        )  # fmt: skip
+        )
 
     def _open(self) -> None:
         manifest = files.read_manifest(self._folder)
@@ -224,7 +255,9 @@ class Spann:
         return self._generation.manifest.generation
 
     def memory(self) -> dict[str, int]:
-        """Bytes in memory by part, ``total`` among them: heads, graph, seeds, directory, rows added since the last compaction."""
+        """Bytes in memory by part, ``total`` among them: heads, graph, seeds, directory, rows added since the last
+        compaction.
+        """
         parts = self._generation.memory()
         added = sum(int(a.nbytes) for a in self._delta.view[:6])
         return {**parts, "added": added, "total": parts["total"] + added}
@@ -258,39 +291,58 @@ class Spann:
             return self._take(rows)
 
     def search(
-        self, queries: Any, k: int = 10, *, lists: int | None | str = "default", epsilon: float | None = None,
-        beam: int | None = None, where: Any = None, deadline: float | str | None = None, threads: int | None = None,
-        options: SearchOptions | None = None, detail: bool = True,
-    ) -> Hit:  # fmt: skip
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        lists: int | None | str = "default",
+        epsilon: float | None = None,
+        beam: int | None = None,
+        where: Any = None,
+        deadline: float | str | None = None,
+        threads: int | None = None,
+        options: SearchOptions | None = None,
+        detail: bool = True,
+    ) -> Hit:
         """The ``k`` nearest rows of each query; ``scores, ids = index.search(queries)``.
 
-        ``queries`` (Q, d) or (d,). ``lists`` reads at most so many lists, None all of them (exact). ``where``: ids, a mapping over attributes, or a
-        function of the attribute columns (see ``filter``). ``deadline`` (seconds or ``"5ms"``) per query: lists that are not back in time are
-        left out and ``complete`` is False for it. ``detail`` also counts pages and merged reads. Raises InvalidRequestError.
+        ``queries`` (Q, d) or (d,). ``lists`` reads at most so many lists, None all of them (exact). ``where``: ids, a
+        mapping over attributes, or a function of the attribute columns (see ``filter``). ``deadline`` (seconds or
+        ``"5ms"``) per query: lists that are not back in time are left out and ``complete`` is False for it.
+        ``detail`` also counts pages and merged reads. Raises InvalidRequestError.
         """
         view, delta, reader = self._state
         knobs = options or self.options
         if lists != "default" or epsilon is not None or beam is not None:
-            knobs = replace(
-                knobs,
-                **({"lists": lists} if lists != "default" else {}),
-                **({"epsilon": float(epsilon)} if epsilon is not None else {}),
-                **({"beam": beam} if beam is not None else {}),
-            )
+            changes: dict[str, Any] = {} if lists == "default" else {"lists": lists}
+            if epsilon is not None:
+                changes["epsilon"] = float(epsilon)
+            if beam is not None:
+                changes["beam"] = beam
+            knobs = replace(knobs, **changes)
         array = check_queries(queries, self.width)
         if not 1 <= k <= max(1, len(self)):
             raise InvalidRequestError(f"k is {k}; the index has {len(self)} rows, ask for 1 to that many", "k")
         if isinstance(deadline, str):
             deadline = parse_quantity(deadline, "time")
-        chosen = self._chosen(where, view, delta) if where is not None else None
+        chosen = None
+        if where is not None:
+            with self._write:  # the filter and the search see one moment
+                view, delta, reader = self._state
+                chosen = self._chosen(where, view, delta)
         if chosen is not None and int(chosen.sum()) <= BRUTE_ROWS and deadline is None:
             values, rows, stats = run_rows(view, array, k, np.flatnonzero(chosen))
         else:
             mask = bitmap(chosen) if chosen is not None else np.zeros(0, np.uint8)
+            if chosen is not None and knobs.lists:  # as many survivors as a search without a filter scores
+                wanted = int(np.ceil(knobs.lists * len(chosen) / max(1, int(chosen.sum()))))
+                knobs = replace(knobs, filtered_lists=min(knobs.filtered_lists, wanted))
             if self._io == "mmap" and deadline is None:
                 workers = self.threads if threads is None else threads
                 pool = self._workers(workers) if workers > 1 and len(array) > 1 else None
-                values, rows, stats = run(view, array, k, knobs, mask, self._scratch, pool=pool, threads=workers, detail=detail)
+                values, rows, stats = run(
+                    view, array, k, knobs, mask, self._scratch, pool=pool, threads=workers, detail=detail
+                )
             else:
                 values, rows, stats = run_read(
                     view, array, k, knobs, mask, self._scratch, reader, self._clock, deadline
@@ -302,31 +354,36 @@ class Spann:
 
         A list is skipped only where the triangle inequality excludes all of its rows.
         """
-        view, delta, _ = self._state
         array = check_queries(queries, self.width)
-        mask = bitmap(self._chosen(where, view, delta)) if where is not None else np.zeros(0, np.uint8)
+        with self._write:
+            view, delta, _ = self._state
+            mask = bitmap(self._chosen(where, view, delta)) if where is not None else np.zeros(0, np.uint8)
         total = view.generation.manifest.rows + len(delta.alive)
         counts, values, rows, lists = run_within(view, array, radius, mask, total)
         joined = np.concatenate(values) if values else np.zeros(0, np.float32)
         numbers = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         return RangeHit(
-            np.concatenate([[0], np.cumsum(counts)]), distances(joined, view.generation.metric),
-            self._names(numbers, view, delta), lists,
-        )  # fmt: skip
+            np.concatenate([[0], np.cumsum(counts)]),
+            distances(joined, view.generation.metric),
+            self._names(numbers, view, delta),
+            lists,
+        )
 
     def exact(self, queries: Any, k: int = 10, *, threads: int | None = None) -> Hit:
         """The true neighbours, by reading everything: ground truth for tuning."""
         return self.search(queries, k, lists=None, threads=threads, detail=False)
 
     def tune(self, queries: Any, truth: Any = None, **budget: Any) -> Tuned:
-        """Cheapest knobs that meet ``recall=0.95`` or ``p99="5ms"``; see :func:`~hasten.retrieve.index.tune.tune_search`."""
+        """Cheapest knobs that meet ``recall=0.95`` or ``p99="5ms"``; see
+        :func:`~hasten.retrieve.index.tune.tune_search`.
+        """
         from hasten.retrieve.index.tune import tune_search
 
         return tune_search(self, queries, truth, **budget)
 
     def cost(self, n: int, **knobs: Any) -> Cost:
-        """What ``n`` rows of this kind would take; see :mod:`hasten.retrieve.index.cost`."""
-        from hasten.retrieve.index.cost import cost_of_index
+        """What ``n`` rows of this kind would take; see :mod:`hasten.retrieve.index.cost_model`."""
+        from hasten.retrieve.index.cost_model import cost_of_index
 
         return cost_of_index(self, n, **knobs)
 
@@ -361,10 +418,24 @@ class Spann:
             wanted = np.asarray(list(where) if isinstance(where, (set, frozenset)) else where)
             if wanted.dtype.kind not in "iu" and wanted.size:
                 raise InvalidRequestError(f"where holds {wanted.dtype}; give ids, a mapping or a function", "where")
-            found = [r for r in (self._row_of(int(i)) for i in wanted.ravel()) if r is not None]
             out = np.zeros(total, np.bool_)
-            out[np.array(found, np.int64)] = True
+            out[self._rows_of(np.unique(wanted.astype(np.int64)))] = True
             return out & live
+
+    def _rows_of(self, names: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers of the ids that are known; of an id that was replaced the newest one. Dead rows are not left
+        out."""
+        g = self._generation
+        added = np.fromiter(self._delta.place, np.int64, len(self._delta.place))
+        here = np.isin(names, added)
+        places = np.array([self._delta.place[n] for n in names[here].tolist()], np.int64) + g.manifest.rows
+        older = names[~here]
+        if g.ids is None:
+            return np.concatenate([places, older[(older >= 0) & (older < g.manifest.rows)]])
+        assert g.order is not None
+        last = np.searchsorted(g.ids, older, "right", sorter=g.order) - 1
+        rows = np.asarray(g.order)[np.maximum(last, 0)]
+        return np.concatenate([places, rows[(last >= 0) & (g.ids[rows] == older)]])
 
     def _attribute_columns(self) -> dict[str, NDArray[Any]]:
         """Attributes of all rows; kept until something is added."""
@@ -437,7 +508,8 @@ class Spann:
         self._change(wal.UPSERT, ids, vectors, attributes)
 
     def delete(self, ids: Any) -> int:
-        """Delete rows; unknown ids are passed over. Durable and visible when it returns; returns how many there were."""
+        """Delete rows; unknown ids are passed over. Durable and visible when it returns; returns how many there
+        were."""
         names = _names_of(ids)
         with self._write:
             log = self._writable()
@@ -523,8 +595,9 @@ class Spann:
     def compact(self, *, rate: float | str | None = None, everything: bool = False) -> dict[str, Any]:
         """Merge what was added and deleted into a new generation; split lists that grew, merge those that shrank.
 
-        Searches and changes go on meanwhile; changes wait only for the last step. ``rate`` (bytes per second, or ``"50MB"``) bounds the writing.
-        ``everything`` rewrites all lists, which also frees the space of deleted rows. Returns what was done, in numbers.
+        Searches and changes go on meanwhile; changes wait only for the last step. ``rate`` (bytes per second, or
+        ``"50MB"``) bounds the writing. ``everything`` rewrites all lists, which also frees the space of deleted rows.
+        Returns what was done, in numbers.
         """
         limit = parse_quantity(rate, "bytes") if isinstance(rate, str) else rate
         self._writable()
@@ -582,14 +655,18 @@ class Spann:
             return verify(self._view, self._delta)
 
     def repair(self, vectors: Any = None) -> dict[str, Any]:
-        """Drop corrupt lists and restore their rows from ``vectors`` (by row number); see :func:`~hasten.retrieve.index.care.repair`."""
+        """Drop corrupt lists and restore their rows from ``vectors`` (by row number); see
+        :func:`~hasten.retrieve.index.care.repair`.
+        """
         from hasten.retrieve.index.care import repair
 
         with self._compacting, self._write:
             return repair(self, vectors)
 
     def snapshot(self, target: Any) -> None:
-        """Write the present state to a new directory, or as a tar stream to a binary file; searches and additions go on."""
+        """Write the present state to a new directory, or as a tar stream to a binary file; searches and additions go
+        on.
+        """
         from hasten.retrieve.index.care import snapshot
 
         with self._write:
@@ -616,7 +693,9 @@ def _names_of(ids: Any) -> NDArray[np.int64]:
     if array.size == 0:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(f"ids have the shape {array.shape} and type {array.dtype}; give whole numbers, one for each row")
+        raise DataError(
+            f"ids have the shape {array.shape} and type {array.dtype}; give whole numbers, one for each row"
+        )
     out = array.astype(np.int64)
     if out.min() < 0:
         raise DataError(f"the id {int(out.min())} is negative; ids are 0 or more")
@@ -639,5 +718,7 @@ def _take_lock(path: Path) -> int:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.close(descriptor)
-        raise DataError(f"{str(path.parent)!r} is open for writing elsewhere; close it there, or open with read_only=True") from error
+        raise DataError(
+            f"{str(path.parent)!r} is open for writing elsewhere; close it there, or open with read_only=True"
+        ) from error
     return descriptor

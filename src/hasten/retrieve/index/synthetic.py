@@ -1,8 +1,9 @@
 """The named generator of test vectors: clusters that overlap, on a spectrum that falls, as embeddings have.
 
-``clustered(n, d, seed)``: ``n // 100`` centres are drawn from a Gaussian whose standard deviation along dimension ``i`` is
-``(1 + i)**-0.5``, turned by a random rotation; a row is the centre of a random cluster (sizes follow a Dirichlet draw) plus ``spread``
-times a vector of the same Gaussian. Queries come from the same distribution and are never base rows. Float32.
+``clustered(n, d, seed)``: ``n // 100`` centres are drawn from a Gaussian whose standard deviation along dimension
+``i`` is ``(1 + i)**-0.5``, turned by a random rotation; a row is the centre of a random cluster (sizes follow a
+Dirichlet draw) plus ``spread`` times a vector of the same Gaussian. Queries come from the same distribution and are
+never base rows. Float32.
 """
 
 from __future__ import annotations

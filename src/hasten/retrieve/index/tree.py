@@ -1,9 +1,10 @@
 """Hierarchical balanced clustering: n rows into a tree of small, even clusters, at O(n d k log_k n).
 
-A node of more than ``leaf`` rows is split in ``k`` by k-means whose assignment pays for crowded clusters: row ``x`` goes to
-argmin_j |x - c_j|² + penalty * (members of j in the pass before), on a fresh sample per pass. Then one pass without it over all
-rows, every centre snaps to its nearest member (a centre is a real row), and one more pass.
-Differs from the reference code of SPANN in: equal rows are cut into equal chunks, the depth is bounded, sums are float64.
+A node of more than ``leaf`` rows is split in ``k`` by k-means whose assignment pays for crowded clusters: row ``x``
+goes to argmin_j |x - c_j|² + penalty * (members of j in the pass before), on a fresh sample per pass. Then one pass
+without it over all rows, every centre snaps to its nearest member (a centre is a real row), and one more pass.
+Differs from the reference code of SPANN in: equal rows are cut into equal chunks, the depth is bounded, sums are
+float64.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _random(state):
 
 @njit
 def _nearest(rows, row, centres, k, price):
-    """(place, squared distance) of the centre that is cheapest for a row, ``price`` (k,) being added to the distance."""
+    """(place, squared distance) of the centre that is cheapest for a row, ``price`` (k,) being added to the
+    distance."""
     width = rows.shape[1]
     query = address_of(rows) + row * width * 4
     base = address_of(centres)
@@ -77,7 +79,9 @@ def _shuffle_front(order, begin, end, count, state):
 
 @njit
 def _pass(rows, order, begin, count, centres, k, price, labels, sums, counts, farthest):
-    """Assign a sample; returns the summed squared distance. ``farthest`` (k, 2): distance and row of each cluster's farthest."""
+    """Assign a sample; returns the summed squared distance. ``farthest`` (k, 2): distance and row of each cluster's
+    farthest.
+    """
     width = rows.shape[1]
     sums[:k] = 0.0
     counts[:k] = 0
@@ -99,11 +103,12 @@ def _pass(rows, order, begin, count, centres, k, price, labels, sums, counts, fa
 
 @njit
 def cluster(rows, order, begin, end, k, factor, balanced, state, centres, work):
-    """Balanced k-means of ``rows[order[begin:end]]`` into ``centres[:k]``; ``order`` may be shuffled inside the range.
+    """Balanced k-means of ``rows[order[begin:end]]`` into ``centres[:k]``; ``order`` may be shuffled inside the
+    range.
 
-    ``work`` is (labels, sums, counts, farthest, price, best centres). The penalty is ``factor`` times (max - mean distance in the largest cluster
-    of the first assignment) / sample; ``balanced`` False is plain k-means. Returns (std / mean of the sizes, mean squared distance) of
-    the sample without a penalty.
+    ``work`` is (labels, sums, counts, farthest, price, best centres). The penalty is ``factor`` times (max - mean
+    distance in the largest cluster of the first assignment) / sample; ``balanced`` False is plain k-means. Returns
+    (std / mean of the sizes, mean squared distance) of the sample without a penalty.
     """
     labels, sums, counts, farthest, price, best = work
     size = end - begin
@@ -187,7 +192,8 @@ def cluster(rows, order, begin, end, k, factor, balanced, state, centres, work):
 
 @njit
 def assign_all(rows, order, begin, end, centres, k, labels):
-    """Nearest centre of every row of the range, no penalty; and the row nearest to each centre (-1 for an empty one)."""
+    """Nearest centre of every row of the range, no penalty; and the row nearest to each centre (-1 for an empty
+    one)."""
     nothing = np.zeros(k, np.float32)
     near = np.full(k, np.float32(np.inf))
     which = np.full(k, -1)
@@ -310,7 +316,8 @@ class Tree:
 
 
 def best_factor(sample: NDArray[np.float32], k: int, seed: int) -> float:
-    """The strength of the penalty that gives the most even clusters while the mean squared distance grows by at most 5 %.
+    """The strength of the penalty that gives the most even clusters while the mean squared distance grows by at most
+    5 %.
 
     Differs from the reference code, which takes the most even clusters at any price.
     """
@@ -321,9 +328,17 @@ def best_factor(sample: NDArray[np.float32], k: int, seed: int) -> float:
             state = np.array([seed + 1 + turn], np.uint64)
             centres = np.empty((k, sample.shape[1]), np.float32)
             spread, distance = cluster(
-                sample, np.arange(len(sample)), 0, len(sample), min(k, len(sample)), factor, balanced, state, centres,
+                sample,
+                np.arange(len(sample)),
+                0,
+                len(sample),
+                min(k, len(sample)),
+                factor,
+                balanced,
+                state,
+                centres,
                 workspace(k, sample.shape[1], len(sample)),
-            )  # fmt: skip
+            )
             spreads.append(spread)
             distances.append(distance)
         return float(np.mean(spreads)), float(np.mean(distances))
@@ -353,8 +368,8 @@ def split_rows(
 ) -> Tree:
     """The tree over ``n`` rows that need not fit in memory: ``take(rows)`` gives them mapped, float32.
 
-    A node of more than ``buffer_rows`` rows is split on a sample and streamed; a smaller one is taken into memory whole, and several
-    threads grow such nodes at a time. The result depends on the seed only.
+    A node of more than ``buffer_rows`` rows is split on a sample and streamed; a smaller one is taken into memory
+    whole, and several threads grow such nodes at a time. The result depends on the seed only.
     """
     rng = np.random.default_rng(seed)
     kind: Any = np.uint32 if n < 1 << 32 else np.int64
@@ -383,7 +398,16 @@ def split_rows(
         state = np.array([rng.integers(1, 1 << 62)], np.uint64)
         local = np.arange(len(sample))
         cluster(
-            sample, local, 0, len(sample), k, factor, balanced, state, centres, workspace(k, sample.shape[1], len(sample))
+            sample,
+            local,
+            0,
+            len(sample),
+            k,
+            factor,
+            balanced,
+            state,
+            centres,
+            workspace(k, sample.shape[1], len(sample)),
         )
         which = assign_all(sample, local, 0, len(sample), centres, k, np.empty(len(sample), np.int32))
         which = np.unique(which[which >= 0])
@@ -393,7 +417,9 @@ def split_rows(
         block = max(1, min(buffer_rows, 1 << 16))
         cuts = range(0, size, block)
 
-        def assign(low: int, rows: Any = rows, centres: Any = centres, labels: Any = labels, block: int = block) -> None:
+        def assign(
+            low: int, rows: Any = rows, centres: Any = centres, labels: Any = labels, block: int = block
+        ) -> None:
             part = take(rows[low : low + block])
             assign_all(part, np.arange(len(part)), 0, len(part), centres, len(centres), labels[low : low + block])
 
@@ -405,8 +431,8 @@ def split_rows(
             counts = np.bincount(labels, minlength=k)
             snapped = rows[np.minimum(-(-np.arange(k) * size // k), size - 1)]
         astray = labels[np.searchsorted(rows, snapped)] != np.arange(len(snapped))  # a tie went to another cluster
-        for j in np.flatnonzero(astray & (counts > 0)):
-            snapped[j] = rows[np.argmax(labels == j)]
+        for lone in np.flatnonzero(astray & (counts > 0)).tolist():
+            snapped[lone] = rows[np.argmax(labels == lone)]
         order[begin:end] = rows[np.argsort(labels, kind="stable")]
         start = begin
         for j, count in enumerate(counts):

@@ -1,7 +1,8 @@
 """The cheapest knobs that meet a recall, or the best recall within a latency: measured, not guessed.
 
-Half of the queries choose, the other half judge, so that the recall that is reported was not chosen on. Lists and beam are tried on a ladder;
-the pruning share and the radius rule are then tried around the cheapest points and kept only where they pay.
+Half of the queries choose, the other half judge, so that the recall that is reported was not chosen on. Lists and
+beam are tried on a ladder; the pruning share and the radius rule are then tried around the cheapest points and kept
+only where they pay.
 """
 
 from __future__ import annotations
@@ -105,9 +106,14 @@ def measure_point(
         best = min(best, clock.now() - begin)
     told = hit.stats.mean()
     return Point(
-        options, recall_of(hit.ids, truth, k), best / len(queries), told["lists"], told["reads"], told["bytes"],
+        options,
+        recall_of(hit.ids, truth, k),
+        best / len(queries),
+        told["lists"],
+        told["reads"],
+        told["bytes"],
         told["distances"],
-    )  # fmt: skip
+    )
 
 
 def single_latencies(index: Spann, queries: NDArray[Any], k: int, options: SearchOptions) -> NDArray[np.float64]:
@@ -122,13 +128,20 @@ def single_latencies(index: Spann, queries: NDArray[Any], k: int, options: Searc
 
 
 def tune_search(
-    index: Spann, queries: Any, truth: Any = None, *, recall: float | None = None, p99: float | str | None = None, k: int = 10,
+    index: Spann,
+    queries: Any,
+    truth: Any = None,
+    *,
+    recall: float | None = None,
+    p99: float | str | None = None,
+    k: int = 10,
     rounds: int = 3,
-) -> Tuned:  # fmt: skip
-    """Choose search knobs for ``recall`` (0 to 1) at least cost, or for the best recall with ``p99`` (seconds or ``"5ms"``) of single queries.
+) -> Tuned:
+    """Choose search knobs for ``recall`` (0 to 1) at least cost, or for the best recall with ``p99`` (seconds or
+    ``"5ms"``) of single queries.
 
-    ``queries`` (Q, d), at least 20; ``truth`` (Q, k) true ids, computed by reading everything where it is None. Raises
-    ConfigurationError unless exactly one goal is given.
+    ``queries`` (Q, d), at least 20; ``truth`` (Q, k) true ids, computed by reading everything where it is None.
+    Raises ConfigurationError unless exactly one goal is given.
     """
     if (recall is None) == (p99 is None):
         raise ConfigurationError("give one goal: recall=0.95, or p99='5ms'")
@@ -173,7 +186,13 @@ def tune_search(
     met = held >= recall - 0.005 if recall is not None else slow <= (limit or 0.0)
     goal = f"recall ≥ {recall:g}" if recall is not None else f"p99 ≤ {format_quantity(limit or 0.0, 'time')}"
     return Tuned(
-        point.options, goal, bool(met), held, float(np.median(times)), slow, tuple(sorted(points, key=lambda p: p.seconds))
+        point.options,
+        goal,
+        bool(met),
+        held,
+        float(np.median(times)),
+        slow,
+        tuple(sorted(points, key=lambda p: p.seconds)),
     )
 
 

@@ -1,9 +1,10 @@
 """Where added rows go, and how a new generation is made of an old one.
 
-Only lists that changed are written, to a new segment; the directory of the new generation points into old and new segments. A list that
-outgrew its limit is split by balanced 2-means into two new heads, one that shrank gives its rows back to the others, and after a split the rows
-of neighbouring lists that are nearer to a new head than to their own join it (the rule of SPFresh, https://arxiv.org/abs/2410.14452).
-The head of a list that is gone stays in the graph and navigates.
+Only lists that changed are written, to a new segment; the directory of the new generation points into old and new
+segments. A list that outgrew its limit is split by balanced 2-means into two new heads, one that shrank gives its
+rows back to the others, and after a split the rows of neighbouring lists that are nearer to a new head than to their
+own join it (the rule of SPFresh, https://arxiv.org/abs/2410.14452). The head of a list that is gone stays in the
+graph and navigates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from hasten.retrieve.index.format import (
     Manifest,
     put,
     read_list,
-    seed_arrays,
     write_heads,
 )
 from hasten.retrieve.index.graph import link_heads
@@ -87,7 +87,12 @@ def options_of(manifest: Manifest) -> BuildOptions:
 
 
 def _assign(
-    rows: NDArray[Any], state: tuple[Any, ...], metric: int, largest: float, usable: NDArray[np.uint8], options: BuildOptions
+    rows: NDArray[Any],
+    state: tuple[Any, ...],
+    metric: int,
+    largest: float,
+    usable: NDArray[np.uint8],
+    options: BuildOptions,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     """(heads, squared distances, how many) of each row, (m, replicas)."""
     count = len(state[0])
@@ -236,9 +241,13 @@ class _Compaction:
         for begin in range(0, len(rows), BLOCK):
             part = rows[begin : begin + BLOCK]
             found, distance, sizes = _assign(
-                self.take(part), (self.heads, self.extra, self.graph, self.seeds), self.g.metric, self.g.manifest.largest,
-                usable, self.options,
-            )  # fmt: skip
+                self.take(part),
+                (self.heads, self.extra, self.graph, self.seeds),
+                self.g.metric,
+                self.g.manifest.largest,
+                usable,
+                self.options,
+            )
             used = np.arange(found.shape[1]) < sizes[:, None]
             pairs = np.empty(int(sizes.sum()), PAIR)
             pairs["head"], pairs["distance"], pairs["row"] = found[used], distance[used], np.repeat(part, sizes)
@@ -262,9 +271,16 @@ class _Compaction:
         self.pairs = self.pairs[~np.isin(self.pairs["row"], rows)]
         numbers = np.arange(first, first + len(rows))
         link_heads(
-            self.heads, self.extra, self.graph, self.seeds, g.metric, g.manifest.largest, numbers, beam=self.options.build_beam,
+            self.heads,
+            self.extra,
+            self.graph,
+            self.seeds,
+            g.metric,
+            g.manifest.largest,
+            numbers,
+            beam=self.options.build_beam,
             alpha=self.options.alpha,
-        )  # fmt: skip
+        )
         return numbers
 
     def retire(self, heads: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -359,13 +375,24 @@ def _two_means(rows: NDArray[np.float32], rng: Any) -> tuple[int, int] | None:
 
 
 def compact_generation(
-    folder: Folder, view: View, delta: Delta, count: int, alive: NDArray[np.uint8], dead: NDArray[np.uint8],
-    columns: dict[str, NDArray[Any]], clock: Clock, *, rate: float | None = None, everything: bool = False,
-    drop: NDArray[np.int64] | None = None, restore: tuple[NDArray[np.int64], NDArray[Any]] | None = None,
-) -> tuple[Manifest, dict[str, Any]]:  # fmt: skip
+    folder: Folder,
+    view: View,
+    delta: Delta,
+    count: int,
+    alive: NDArray[np.uint8],
+    dead: NDArray[np.uint8],
+    columns: dict[str, NDArray[Any]],
+    clock: Clock,
+    *,
+    rate: float | None = None,
+    everything: bool = False,
+    drop: NDArray[np.int64] | None = None,
+    restore: tuple[NDArray[np.int64], NDArray[Any]] | None = None,
+) -> tuple[Manifest, dict[str, Any]]:
     """Write the files of the next generation, synced but not committed; returns its manifest and what was done.
 
-    ``count`` rows of ``delta`` are merged, of which ``alive`` live; ``dead`` marks deleted older rows. The empty log is the caller's.
+    ``count`` rows of ``delta`` are merged, of which ``alive`` live; ``dead`` marks deleted older rows. The empty log
+    is the caller's.
     """
     g = view.generation
     m = g.manifest
@@ -421,9 +448,15 @@ def compact_generation(
     writer = folder.create(segment)
     try:
         out = ListWriter(
-            _Throttled(writer, rate, clock), len(segments) - 1, directory, location, g.metric, m.largest, m.width,
+            _Throttled(writer, rate, clock),
+            len(segments) - 1,
+            directory,
+            location,
+            g.metric,
+            m.largest,
+            m.width,
             g.heads.itemsize,
-        )  # fmt: skip
+        )
         chosen = np.flatnonzero(work.changed & ~work.retired)
         pairs = sort_pairs(work.pairs)
         counts = np.bincount(pairs["head"], minlength=total)[chosen]
@@ -440,16 +473,23 @@ def compact_generation(
         user_heads = _user(work.heads, m.dtype)
         groups = make_seeds(mapped(user_heads, g.metric, m.largest), work.options.seed, 1)
     names = {
-        "heads": f"heads-{generation}.safetensors", "directory": f"directory-{generation}.bin",
+        "heads": f"heads-{generation}.safetensors",
+        "directory": f"directory-{generation}.bin",
         "location": f"location-{generation}.bin",
-    }  # fmt: skip
+    }
     entries[names["heads"]] = write_heads(
-        folder, names["heads"],
+        folder,
+        names["heads"],
         {
-            "heads": _user(work.heads, m.dtype), "extra": work.extra, "head_rows": work.head_rows, "graph": work.graph,
-            "group_heads": groups[0], "seed_heads": groups[1], "seed_begins": groups[2],
+            "heads": _user(work.heads, m.dtype),
+            "extra": work.extra,
+            "head_rows": work.head_rows,
+            "graph": work.graph,
+            "group_heads": groups[0],
+            "seed_heads": groups[1],
+            "seed_begins": groups[2],
         },
-    )  # fmt: skip
+    )
     entries[names["directory"]] = put(folder, names["directory"], directory.view(np.uint8))
     entries[names["location"]] = put(folder, names["location"], location.view(np.uint8))
     ids = np.concatenate([g.ids if g.ids is not None else np.arange(m.rows), delta.ids[:count]]).astype(np.int64)
@@ -464,11 +504,20 @@ def compact_generation(
     if columns:
         names["attributes"] = f"attributes-{generation}.npz"
         entries[names["attributes"]] = put(folder, names["attributes"], pack_attributes(columns))
-    parameters = {**m.parameters, "seeded": total if groups is not work.groups else m.parameters.get("seeded", len(g.counts))}
+    parameters = {
+        **m.parameters,
+        "seeded": total if groups is not work.groups else m.parameters.get("seeded", len(g.counts)),
+    }
     manifest = replace(
-        m, generation=generation, rows=work.rows, files=entries, segments=tuple(segments), wal=f"wal-{generation}.log",
-        parameters=parameters, roles=names,
-    )  # fmt: skip
+        m,
+        generation=generation,
+        rows=work.rows,
+        files=entries,
+        segments=tuple(segments),
+        wal=f"wal-{generation}.log",
+        parameters=parameters,
+        roles=names,
+    )
     report = {
         "generation": generation,
         "merged_rows": int(np.count_nonzero(alive)),

@@ -1,7 +1,8 @@
 """The write-ahead log: what was acknowledged is on the disk before the call returns.
 
-A record is (length u32, crc32 u32, payload); the payload is one call (operation, ids, rows, attributes), so a call is whole or absent.
-Replay stops at the first record that is cut or whose checksum is wrong, and the log goes on from there.
+A record is (length u32, crc32 u32, payload); the payload is one call (operation, ids, rows, attributes), so a call is
+whole or absent. Replay stops at the first record that is cut or whose checksum is wrong, and the log goes on from
+there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What an index of n rows takes: memory, disk, and the time of a query, with the error of the fit beside it.
 
-memory = heads (d b + 4 degree + 28), disk = rows in lists (d b + 8) + half a page per list,
-latency = head distances * t_head + ceil(lists / queue depth) t_read + bytes / bandwidth + rows scored * t_row.
-How many head distances, lists and copies a recall takes grows with log n; that growth is fitted to runs at several n and judged by
-leaving each run out. One run cannot be extrapolated and is refused.
+memory = heads (d b + 4 degree + 28), disk = rows in lists (d b + 8) + half a page per list, latency = head distances
+* t_head + ceil(lists / queue depth) t_read + bytes / bandwidth + rows scored * t_row. How many head distances, lists
+and copies a recall takes grows with log n; that growth is fitted to runs at several n and judged by leaving each run
+out. One run cannot be extrapolated and is refused.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Fit:
-    """``a + b ln n`` for each quantity, and how far off it is on a run that it has not seen."""
+    """``a + b ln n`` for each quantity with ``b`` at least 0, and how far off it is on a run that it has not seen."""
 
     runs: tuple[Run, ...]
     """what it was fitted to"""
@@ -124,11 +124,15 @@ class Cost:
         return asdict(self)
 
     def __str__(self) -> str:
+        far = ""
+        if not np.isnan(self.error):
+            far = f"; runs at {self.low:,.0f} to {self.high:,.0f} rows, {self.n / self.high:,.0f} times fewer"
         share = "no fit" if np.isnan(self.error) else f"fit error {self.error:.0%}, latency {self.error_latency:.0%}"
         return (
-            f"{self.n:,} rows: {format_quantity(self.memory, 'bytes')} in memory, {format_quantity(self.disk, 'bytes')} on disk, "
+            f"{self.n:,} rows: {format_quantity(self.memory, 'bytes')} in memory, "
+            f"{format_quantity(self.disk, 'bytes')} on disk, "
             f"{self.lists:.0f} lists per query, warm {format_quantity(self.warm, 'time')}, cold "
-            f"{format_quantity(self.cold, 'time')} (runs at {self.low:,.0f} to {self.high:,.0f} rows; {share})"
+            f"{format_quantity(self.cold, 'time')} ({share}{far})"
         )
 
 
@@ -137,14 +141,19 @@ _FITTED = ("checks", "lists", "copies", "scored")
 
 def _line(runs: Sequence[Run], name: str) -> tuple[float, float]:
     x = np.log([r.n for r in runs])
-    b, a = np.polyfit(x, [getattr(r, name) for r in runs], 1)
+    y = [getattr(r, name) for r in runs]
+    b, a = np.polyfit(x, y, 1)
+    if b < 0:  # more rows never take less work; a falling line would promise nonsense far out
+        return float(np.mean(y)), 0.0
     return float(a), float(b)
 
 
 def fit_runs(runs: Sequence[Run]) -> Fit:
     """Fit at least three runs of different n."""
     if len({r.n for r in runs}) < 3:
-        raise ConfigurationError(f"{len(runs)} runs at {len({r.n for r in runs})} sizes cannot be extrapolated; measure at least 3 sizes")
+        raise ConfigurationError(
+            f"{len(runs)} runs at {len({r.n for r in runs})} sizes cannot be extrapolated; measure at least 3 sizes"
+        )
     errors = {}
     for name in _FITTED:
         worst = 0.0
@@ -159,16 +168,24 @@ def fit_runs(runs: Sequence[Run]) -> Fit:
 
 
 def cost(
-    n: int, d: int, b: int, ratio: float = 0.16, *, copies: float = 5.0, lists: float = 32.0, degree: int = 32,
-    fit: Fit | None = None, disk: Disk | None = None,
-) -> Cost:  # fmt: skip
+    n: int,
+    d: int,
+    b: int,
+    ratio: float = 0.16,
+    *,
+    copies: float = 5.0,
+    lists: float = 32.0,
+    degree: int = 32,
+    fit: Fit | None = None,
+    disk: Disk | None = None,
+) -> Cost:
     """The model for ``n`` rows of ``d`` elements of ``b`` bytes, with a share ``ratio`` of heads.
 
     Without a ``fit``, ``copies`` and ``lists`` are taken as given and no error is known (it is nan).
 
     >>> told = cost(10**9, 128, 1, 0.12)
     >>> round(told.memory / 1e9), round(told.disk / 1e12, 1)
-    (36, 0.6)
+    (36, 0.8)
     """
     if n < 1 or d < 1 or b not in (1, 2, 4):
         raise ConfigurationError(f"n={n}, d={d}, b={b} is no collection; b is 1, 2 or 4 bytes per element")
@@ -205,9 +222,17 @@ def cost(
 
 
 def measure_runs(
-    vectors: Any, queries: Any, sizes: Sequence[int], *, recall: float = 0.95, k: int = 10, options: BuildOptions | None = None,
-    folder: str | os.PathLike[str] | None = None, clock: Clock | None = None, progress: Any = None,
-) -> list[Run]:  # fmt: skip
+    vectors: Any,
+    queries: Any,
+    sizes: Sequence[int],
+    *,
+    recall: float = 0.95,
+    k: int = 10,
+    options: BuildOptions | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    clock: Clock | None = None,
+    progress: Any = None,
+) -> list[Run]:
     """Build the first n rows for each size, and measure the cheapest knobs of a ladder that reach ``recall``."""
     from hasten.retrieve.index.spann import Spann
 
@@ -241,20 +266,37 @@ def measure_run(index: Spann, queries: Any, recall: float = 0.95, k: int = 10) -
     walk = measure_point(index, queries, truth, k, chosen.with_(lists=0))
     built = index._view.generation.manifest.parameters["built"]
     return Run(
-        built["rows"], built["heads"], max(built["replicas"], 1e-9), walk.distances, max(point.lists, 1.0),
-        point.distances - walk.distances, point.recall, point.seconds, min(walk.seconds, point.seconds),
-    )  # fmt: skip
+        built["rows"],
+        built["heads"],
+        max(built["replicas"], 1e-9),
+        walk.distances,
+        max(point.lists, 1.0),
+        point.distances - walk.distances,
+        point.recall,
+        point.seconds,
+        min(walk.seconds, point.seconds),
+    )
 
 
 def cost_of_index(
-    index: Spann, n: int, *, queries: Any = None, recall: float = 0.95, sizes: Sequence[int] | None = None, disk: Disk | None = None
+    index: Spann,
+    n: int,
+    *,
+    queries: Any = None,
+    recall: float = 0.95,
+    sizes: Sequence[int] | None = None,
+    disk: Disk | None = None,
 ) -> Cost:
-    """Fit the model to parts of this index (a quarter, a half … of its rows, at most 200 000) and predict ``n`` rows of the kind."""
+    """Fit the model to parts of this index (a quarter, a half … of its rows, at most 200 000) and predict ``n`` rows
+    of the kind.
+    """
     view = index._view
     m = view.generation.manifest
     live = np.flatnonzero(np.asarray(view.generation.location) >= 0)
     if len(live) < 4000:
-        raise ConfigurationError(f"the index has {len(live)} rows; a fit needs at least 4000, so use hasten.retrieve.cost(n, d, b)")
+        raise ConfigurationError(
+            f"the index has {len(live)} rows; a fit needs at least 4000, so use hasten.retrieve.cost(n, d, b)"
+        )
     rng = np.random.default_rng(0)
     rows = rng.permutation(live)
     held = min(200, len(rows) // 20)
