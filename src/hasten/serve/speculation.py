@@ -306,6 +306,9 @@ class Speculator:
         """
         if not isinstance(self.policy, GoodputSpeculation):
             return True
+        if decodes > self.policy.most_sequences:
+            self._asked = []
+            return False
         # What a plain step takes must be seen, not believed: often at first, now and then later.
         self._steps += 1
         _, seen = self._plain.get(decodes, (0.0, 0))

@@ -172,8 +172,11 @@ def engine(scale: Scale) -> Iterator[Check]:
             f"{result.plain:.0f} → {result.speculative:.0f} tokens/s, acceptance {result.acceptance:.2f}, "
             f"{result.tokens_per_pass:.2f} tokens a pass, interval {result.low:.2f}–{result.high:.2f}",
         )
-        ratio = result.predicted_goodput / result.observed_goodput if result.observed_goodput else float("nan")
-        yield Check.within(f"predicted over observed goodput, batch {result.batch}", ratio, 0.8, 1.25, "×")
+        name = f"predicted over observed goodput, batch {result.batch}"
+        if result.observed_goodput:
+            yield Check.within(name, result.predicted_goodput / result.observed_goodput, 0.8, 1.25, "×")
+        else:
+            yield Check.unavailable(name, "nothing was guessed at this batch size", "×")
 
 
 study = Study(

@@ -128,9 +128,9 @@ class FixedTree:
     """A structure given by the parent of each place; siblings in the order of their rank.
 
     >>> FixedTree.best([0.6, 0.2], 4).parents          # a chain of three and one second choice at the top
-    (-1, 0, 1, 2)
+    (-1, 0, 1, -1)
     >>> FixedTree.best([0.5, 0.4], 4).parents
-    (-1, -1, 0, 0)
+    (-1, -1, 0, 1)
     """
 
     parents: tuple[int, ...]

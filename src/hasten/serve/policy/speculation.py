@@ -156,6 +156,9 @@ class GoodputSpeculation:
     """a length for each request; False gives all the same"""
     probe_every: int = 64
     """after so many steps without a guess one is made, so that the estimate does not starve"""
+    most_sequences: int = 8
+    """decodes of a step above which an engine does not ask at all: what asking costs in Python grows with them, and at
+    16 sequences of a small model it was measured to cost more than the guesses brought"""
     cost: IterationCost | None = None
     """time of a step; an engine that measures its own steps gives it in the observation"""
     draft: DraftCost = DraftCost()
