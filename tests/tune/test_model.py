@@ -17,6 +17,7 @@ from hasten.tune import Knob, Space
 from hasten.tune import model as tuning
 
 SECONDS = {"fp32": 4e-3, "bf16": 3e-3, "bf16-packed": 2.5e-3, "int8-weight": 5e-3, "int8-dynamic": 1e-3}
+SECONDS |= {"bf16-panels": 3.5e-3, "int8-panels": 6e-3, "int4-panels": 9e-3}
 SECONDS |= {f"int4-g{g}": 1.5e-3 for g in kernels.GROUP_SIZES}
 SPACE = Space(
     (

@@ -35,7 +35,9 @@ class Packed:
 class LinearKernel:
     """One way to compute ``x Wᵀ``.
 
-    >>> k = hasten.compress.kernels.kernel("int8-dynamic")
+    >>> import torch
+    >>> from hasten.compress.kernels import kernel
+    >>> k = kernel("int8-dynamic")
     >>> weight, x = torch.randn(32, 64), torch.randn(3, 64)
     >>> packed = k.pack(weight)
     >>> k.run(x, packed).shape, packed.bytes

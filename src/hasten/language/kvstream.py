@@ -73,10 +73,12 @@ class LoadObservation:
 class Controller:
     """The finest level that meets the objective, else whatever is fastest.
 
-    >>> sizes = ChunkSizes({1: 1e6, 3: 2e6}, tokens=1000, prefill=0.5)
+    >>> sizes = ChunkSizes({1: 1e6, 3: 2e6}, tokens=1000, prefill=5.0)
     >>> Controller(slo=2.0).decide(LoadObservation(0.0, [sizes], bandwidth=2e6))
     3
     >>> Controller(slo=0.7).decide(LoadObservation(0.0, [sizes], bandwidth=1e6))
+    1
+    >>> Controller(slo=9.0).decide(LoadObservation(0.0, [sizes], bandwidth=1e6))  # computing loses nothing
     'text'
     """
 
