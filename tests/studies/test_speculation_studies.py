@@ -1,4 +1,7 @@
-"""The studies of speculation, attention, caches and latent attention run, quick and without data."""
+"""The studies of speculation, attention, caches and latent attention run, quick and without data.
+
+Those of dyspec, triforce and transmla take up to a minute each and are left to `hasten study`.
+"""
 
 import pytest
 
@@ -11,25 +14,10 @@ class TestLeanAttention(StudyKit):
 
 
 @pytest.mark.slow
-class TestDySpec(StudyKit):
-    name = "dyspec"
-
-
-@pytest.mark.slow
 class TestSmartSpec(StudyKit):
     name = "smartspec"
 
 
 @pytest.mark.slow
-class TestTriForce(StudyKit):
-    name = "triforce"
-
-
-@pytest.mark.slow
 class TestCacheGen(StudyKit):
     name = "cachegen"
-
-
-@pytest.mark.slow
-class TestTransMLA(StudyKit):
-    name = "transmla"
