@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError, DataError
@@ -194,7 +195,9 @@ except DataError as error:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # threads are part of the machine, and an earlier test may have left torch with another number of them
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     db = tmp_path / "study.db"
     program = _FULL.format(source=str(SOURCE), db=str(db))
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
