@@ -11,6 +11,7 @@ is given, and theta is chosen on data held back from training and test.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
@@ -47,14 +48,14 @@ class Observation:
     """T: it must stop there"""
 
 
-class Exit:
+class Exit(ABC):
     """A rule that scores accumulated logits (…, classes) at a timestep; larger is surer."""
 
     theta: float
 
+    @abstractmethod
     def score(self, logits: Tensor, timestep: int) -> Tensor:
         """(…,)"""
-        raise NotImplementedError
 
     def decide(self, observation: Observation) -> Decision:
         """Pure: no clock, no memory. Raises ``ValueError`` for logits that are not numbers."""

@@ -8,6 +8,7 @@ inside its bounds: a training loop calls :func:`constrain` after each step of th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def constrain(model: nn.Module) -> None:
                 keep()
 
 
-class Neuron(nn.Module):
+class Neuron(nn.Module, ABC):
     """What all neurons share: a threshold, a reset, a surrogate.
 
     ``threshold`` is a number or a tensor that broadcasts to the neurons; ``learn`` names what is trained; at rest the
@@ -93,9 +94,9 @@ class Neuron(nn.Module):
         """Keep the threshold positive."""
         self.threshold.data.clamp_(min=_LEAST_THRESHOLD)
 
+    @abstractmethod
     def scan(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """x (time, batch, …) -> spikes of that shape, and the state after; ``None`` is rest."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """x (batch, …) -> spikes, state: one step."""

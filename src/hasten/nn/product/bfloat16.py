@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
-from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, aligned, in_blocks, scaled
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
 __all__ = ["multiply", "pack", "panels", "unpack"]
 
@@ -34,17 +34,7 @@ def _emit(builder: Any, rows: int, x: Any, x_stride: Any, weights: Any, pairs: A
     totals = [cgutils.alloca_once(builder, avx.FLOATS) for _ in places]
     for total, (_, _, offset) in zip(totals, places, strict=True):
         builder.store(avx.load(builder, sums, offset, avx.FLOATS), total)
-    with cgutils.for_range(builder, pairs) as loop:
-        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
-        at = scaled(builder, loop.index, 4)
-        for t in range(TILES):
-            avx.prefetch(builder, panel, _AHEAD + t * LINE)
-        tiles = [avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)]
-        for r in range(rows):
-            pair = avx.broadcast(builder, lines[r], at)
-            for t in range(TILES):
-                total = totals[r * TILES + t]
-                builder.store(avx.dot_bfloat16(builder, builder.load(total), tiles[t], pair), total)
+    accumulate(builder, lines, weights, pairs, totals, _AHEAD, avx.dot_bfloat16)
     for total, (_, _, offset) in zip(totals, places, strict=True):
         avx.store(builder, builder.load(total), sums, offset)
 

@@ -13,9 +13,10 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
+from hasten.nn.product import instructions as avx
 from hasten.nn.product.instructions import LANES
 
-__all__ = ["GROUP", "LINE", "PANEL", "ROWS", "TILES", "aligned", "in_blocks", "scaled"]
+__all__ = ["GROUP", "LINE", "PANEL", "ROWS", "TILES", "accumulate", "aligned", "in_blocks", "scaled"]
 
 PANEL = 64
 """Outputs of a panel."""
@@ -54,6 +55,27 @@ def in_blocks(builder: Any, count: Any, emit: Callable[[int, Any], None], most: 
         emit(rows, row)
         builder.branch(after)
     builder.position_at_end(after)
+
+
+def accumulate(
+    builder: Any, lines: list[Any], weights: Any, steps: Any, totals: list[Any], ahead: int,
+    dot: Callable[[Any, Any, Any, Any], Any],
+) -> None:  # fmt: skip
+    """totals[row, tile] = dot(totals[row, tile], weights[step, tile], word ``step`` of line ``row``), for all steps.
+
+    ``lines``: an address for each row; ``weights``: that of a panel, 256 bytes a step, asked for ``ahead`` bytes early.
+    """
+    with cgutils.for_range(builder, steps) as loop:
+        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
+        at = scaled(builder, loop.index, 4)
+        for t in range(TILES):
+            avx.prefetch(builder, panel, ahead + t * LINE)
+        tiles = [avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)]
+        for r, line in enumerate(lines):
+            word = avx.broadcast(builder, line, at)
+            for t in range(TILES):
+                total = totals[r * TILES + t]
+                builder.store(dot(builder, builder.load(total), tiles[t], word), total)
 
 
 def aligned(shape: tuple[int, ...], kind: Any) -> Any:

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.activations import quantise_rows
-from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, aligned, in_blocks, scaled
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
 __all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "unpack"]
 
@@ -44,17 +44,7 @@ def _emit(
         start = avx.broadcast(builder, starts, sides[r])
         for t in range(TILES):
             builder.store(start, totals[r * TILES + t])
-    with cgutils.for_range(builder, quads) as loop:
-        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
-        at = scaled(builder, loop.index, 4)
-        for t in range(TILES):
-            avx.prefetch(builder, panel, _AHEAD + t * LINE)
-        tiles = [avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)]
-        for r in range(rows):
-            four = avx.broadcast(builder, lines[r], at)
-            for t in range(TILES):
-                total = totals[r * TILES + t]
-                builder.store(avx.dot_bytes(builder, builder.load(total), tiles[t], four), total)
+    accumulate(builder, lines, weights, quads, totals, _AHEAD, avx.dot_bytes)
     avx.add_scaled(builder, rows, TILES, totals, scales, sides, sums)
 
 
