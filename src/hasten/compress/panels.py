@@ -33,22 +33,31 @@ def _module(precision: str) -> Any:
     return {"bf16": bfloat16, "int8": int8, "int4": int4}[precision]
 
 
+def _pack(weight: Tensor, precision: str) -> tuple[Any, ...]:
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    packed = _module(precision).pack(_words(weight.detach().to(kind).contiguous()))
+    return packed if isinstance(packed, tuple) else (packed,)
+
+
+def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, width: int) -> Tensor:
+    """x (rows, in) bfloat16, contiguous -> (rows, width) bfloat16."""
+    out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
+    _module(precision).multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
+    return out
+
+
 def _kernel(precision: str) -> LinearKernel:
     module = _module(precision)
 
     def pack(weight: Tensor) -> Packed:
-        weight = weight.detach().to(torch.bfloat16 if precision == "bf16" else torch.float32).contiguous()
-        packed = module.pack(_words(weight))
-        arrays = packed if isinstance(packed, tuple) else (packed,)
+        tensors = tuple(torch.from_numpy(a) for a in _pack(weight, precision))
         group = module.INPUTS if precision == "int4" else 0
-        return Packed(tuple(torch.from_numpy(a) for a in arrays), (weight.shape[0], weight.shape[1]), group)
+        return Packed(tensors, (weight.shape[0], weight.shape[1]), group)
 
     def run(x: Tensor, packed: Packed) -> Tensor:
         arrays = tuple(t.numpy() for t in packed.tensors)
         rows = x.to(torch.bfloat16).contiguous()
-        out = torch.empty((x.shape[0], packed.shape[0]), dtype=torch.bfloat16)
-        module.multiply(_words(rows), arrays if len(arrays) > 1 else arrays[0], _NONE, _words(out))
-        return out.to(x.dtype)
+        return _multiply(rows, precision, arrays, _NONE, packed.shape[0]).to(x.dtype)
 
     return LinearKernel(
         f"{precision}-panels",
@@ -73,16 +82,9 @@ def panel_product(
     weight: Tensor, precision: str, bias: Tensor | None
 ) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
     """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed weight and bias, and their bytes."""
-    module = _module(precision)
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    packed = module.pack(_words(weight.detach().to(kind).contiguous()))
-    offset = _NONE if bias is None else bias.detach().float().numpy().copy()
-    width = weight.shape[0]
-    arrays = packed if isinstance(packed, tuple) else (packed,)
-
-    def product(x: Tensor) -> Tensor:
-        out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
-        module.multiply(x.view(torch.uint16).numpy(), packed, offset, out.view(torch.uint16).numpy())
-        return out
-
-    return product, (packed, None if bias is None else offset), sum(a.nbytes for a in arrays)
+    arrays = _pack(weight, precision)
+    offset = None if bias is None else bias.detach().float().numpy().copy()
+    added, width = _NONE if offset is None else offset, weight.shape[0]
+    packed = arrays if len(arrays) > 1 else arrays[0]
+    size = sum(a.nbytes for a in arrays)
+    return lambda x: _multiply(x, precision, arrays, added, width), (packed, offset), size

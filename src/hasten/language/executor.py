@@ -310,10 +310,10 @@ class Executor:
         if config.embedding_scale != 1.0:
             # Checkpoints were trained with this factor rounded to the type of the activations.
             residual *= float(torch.tensor(config.embedding_scale, dtype=dtype))
-        placed = self._placed(batch)
         step = ops.prepare(batch)
-        if placed is None and self._stack is not None and self._stack.takes(cache):
+        if batch.placement is None and self._stack is not None and self._stack.takes(cache):
             return self._stack.step(residual, step, cache, batch.logit_rows)  # type: ignore[no-any-return]
+        placed = self._placed(batch)
         short, long = (None, []) if placed is not None else self._split(batch)
         pages = cache.layers(ops.constant)
         h = ops.norm(residual, self._layers[0].input_norm, config.norm_eps, dtype)

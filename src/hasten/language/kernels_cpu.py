@@ -7,7 +7,7 @@ else is in the batch. :mod:`hasten.language.kernels_torch` holds the same operat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -18,6 +18,9 @@ from torch import Tensor
 from hasten.language.kernels_paged import PAGE, attend_page, paged_kernel_takes
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.bfloat import FAST, exp, load, store
+
+if TYPE_CHECKING:
+    from hasten.language.placement import PlacedStep
 
 __all__ = [
     "PARALLEL_WORK",
@@ -185,14 +188,17 @@ def _head_factor(line: Any, width: int, normed: bool, eps: float) -> Any:
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def place_token(
-    qkv: Any, position: int, table: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int, normed: bool,
-    q_norm: Any, k_norm: Any, eps: float, query: Any,
+    qkv: Any, position: int, place: int, table: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int,
+    normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
 ) -> None:  # fmt: skip
-    """One token: qkv ((heads + 2 kv_heads) * width,), table (blocks,), query (heads, width); see :func:`place`."""
+    """One token: qkv ((heads + 2 kv_heads) * width,), table (blocks,), query (heads, width); see :func:`place`.
+
+    ``position`` turns, ``place`` is the slot along the table; they differ for trees of guesses and caches with gaps.
+    """
     _, kv_heads, size, width = keys.shape
     pairs = cos.shape[1]
     c, s = cos[position], sin[position]
-    block, slot = table[position // size], position % size
+    block, slot = table[place // size], place % size
     for head in range(heads + kv_heads):
         line = qkv[head * width : (head + 1) * width]
         factor = _head_factor(line, width, normed, eps)
@@ -213,12 +219,12 @@ def place_token(
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def _place(
-    qkv: Any, positions: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int,
-    normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
+    qkv: Any, positions: Any, places: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any,
+    heads: int, normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
 ) -> None:  # fmt: skip
     for token in range(len(positions)):
-        place_token(qkv[token], positions[token], tables[chunk_of[token]], cos, sin, keys, values, heads, normed,
-                    q_norm, k_norm, eps, query[token])  # fmt: skip
+        place_token(qkv[token], positions[token], places[token], tables[chunk_of[token]], cos, sin, keys, values, heads,
+                    normed, q_norm, k_norm, eps, query[token])  # fmt: skip
 
 
 _ONES: dict[int, Any] = {}
@@ -226,7 +232,7 @@ _ONES: dict[int, Any] = {}
 
 def place(
     qkv: Tensor,
-    step: Step,
+    step: Step | PlacedStep,
     cos: Any,
     sin: Any,
     keys: Any,
@@ -235,11 +241,13 @@ def place(
     q_norm: Any | None,
     k_norm: Any | None,
     eps: float,
+    places: Any | None = None,
 ) -> Tensor:
     """Norm and rotate queries and keys, write keys and values into the cache; returns the queries.
 
     qkv (tokens, (heads + 2 kv_heads) * width); cos, sin (context, pairs) float32; keys and values of one layer
-    (blocks, kv_heads, block_size, width); all but ``qkv`` are constants -> (tokens, heads, width).
+    (blocks, kv_heads, block_size, width); all but ``qkv`` are constants -> (tokens, heads, width). ``places``: slots of
+    the tokens along their block tables, where these are not their positions.
     """
     width = keys.shape[3]
     ones = _ONES.get(width)
@@ -247,7 +255,8 @@ def place(
         ones = _ONES[width] = np.ones(width, np.float32)
     query, array = _empty((qkv.shape[0], heads, width), qkv.dtype)
     _place(
-        _array(qkv), step.positions, step.chunk_of, step.tables, cos, sin, keys, values, heads, q_norm is not None,
+        _array(qkv), step.positions, step.positions if places is None else places, step.chunk_of, step.tables,
+        cos, sin, keys, values, heads, q_norm is not None,
         ones if q_norm is None else q_norm, ones if k_norm is None else k_norm, eps, array,
     )  # fmt: skip
     return query

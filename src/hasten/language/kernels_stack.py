@@ -106,12 +106,12 @@ def _places(
     rows = qkv.shape[0]
     if rows <= _SERIAL:
         for row in range(rows):
-            place_token(qkv[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads, normed, q_norm,
-                        k_norm, eps, query[row])  # fmt: skip
+            place_token(qkv[row], positions[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
+                        normed, q_norm, k_norm, eps, query[row])  # fmt: skip
     else:
         for row in prange(rows):
-            place_token(qkv[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads, normed, q_norm,
-                        k_norm, eps, query[row])  # fmt: skip
+            place_token(qkv[row], positions[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
+                        normed, q_norm, k_norm, eps, query[row])  # fmt: skip
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -128,11 +128,12 @@ def _attention(
 
 
 @njit(cache=True, error_model="numpy")
-def _run(
+def run_stack(
     residual: Any, matrices: Any, norms: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, cos: Any, sin: Any,
     local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any, positions: Any, tables: Any, cuts: Any,
     wanted: Any, heads: int, normed: bool, scale: float, eps: float, gelu: bool, widest: int, threads: int, logits: Any,
 ) -> None:  # fmt: skip
+    """One step; :class:`hasten.language.stack.Stack` prepares what it takes."""
     rows, hidden = residual.shape
     width = keys.shape[4]
     depth = matrices.shape[0]
@@ -175,11 +176,6 @@ def _run(
     final = np.empty((count, hidden), np.uint16)
     _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, q, starts, scales)
     _multiply(head, final, inputs, logits, threads)
-
-
-def run_stack(*arguments: Any) -> None:
-    """One step; see :class:`hasten.language.stack.Stack`, which prepares what it takes."""
-    _run(*arguments)
 
 
 def threads() -> int:

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hasten.language import lean
+from hasten.language import kernels_cpu, lean
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.bfloat import FAST, load, store
 
@@ -72,45 +72,6 @@ def tree_placement(
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _place(
-    qkv: Any, positions: Any, slots: Any, starts: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any,
-    heads: Any, q_norm: Any, k_norm: Any, eps: Any, query: Any,
-) -> None:  # fmt: skip
-    _, kv_heads, size, width = keys.shape
-    pairs = cos.shape[1]
-    normed = len(q_norm) > 0
-    for chunk in range(len(starts) - 1):
-        for token in range(starts[chunk], starts[chunk + 1]):
-            c, s, slot = cos[positions[token]], sin[positions[token]], slots[token]
-            block, at = tables[chunk, slot // size], slot % size
-            for head in range(heads + kv_heads):
-                line = qkv[token, head * width : (head + 1) * width]
-                target = query[token, head] if head < heads else keys[block, head - heads, at]
-                factor = np.float32(1.0)
-                if normed:
-                    total = np.float32(0.0)
-                    for i in range(width):
-                        total += load(line[i]) * load(line[i])
-                    factor = np.float32(1.0) / np.sqrt(total / np.float32(width) + np.float32(eps))
-                for i in range(width):
-                    value = load(line[i]) * factor
-                    if normed:
-                        value *= q_norm[i] if head < heads else k_norm[i]
-                    if i < 2 * pairs:
-                        other = i + pairs if i < pairs else i - pairs
-                        mate = load(line[other]) * factor
-                        if normed:
-                            mate *= q_norm[other] if head < heads else k_norm[other]
-                        j = i if i < pairs else i - pairs
-                        value = value * c[j] - mate * s[j] if i < pairs else value * c[j] + mate * s[j]
-                    store(target, i, value)
-            for head in range(kv_heads):
-                past = (heads + kv_heads + head) * width
-                for i in range(width):
-                    store(values[block, head, at], i, load(qkv[token, past + i]))
-
-
-@njit(cache=True, fastmath=FAST, error_model="numpy")
 def _place_latent(
     qkv: Any, positions: Any, slots: Any, starts: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any,
     heads: Any, width: Any, rope: Any, rank: Any, plain: Any, query: Any,
@@ -155,9 +116,6 @@ def place_latent(
     return query
 
 
-_NONE = np.zeros(0, np.float32)
-
-
 class PlacedStep:
     """A batch with a placement, in the form of :mod:`kernels_cpu`'s steps: ``place`` and ``attend``."""
 
@@ -165,6 +123,7 @@ class PlacedStep:
         assert batch.placement is not None
         self.placement: Placement = batch.placement
         self.starts = batch.starts.numpy()
+        self.chunk_of = np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
         self.positions = batch.positions.numpy()
         self.contexts = batch.contexts.numpy()
         self.tables = batch.block_tables.numpy()
@@ -177,12 +136,7 @@ class PlacedStep:
         self, qkv: Tensor, cos: Any, sin: Any, keys: Any, values: Any, heads: int, q_norm: Any, k_norm: Any, eps: float
     ) -> Tensor:
         """As :func:`kernels_cpu.place`, each key to its slot."""
-        query = torch.empty((qkv.shape[0], heads, keys.shape[3]), dtype=qkv.dtype)
-        arrays = [x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy() for x in (qkv, query)]
-        _place(
-            arrays[0], self.positions, self.placement.slots, self.starts, self.tables, cos, sin, keys, values, heads,
-            _NONE if q_norm is None else q_norm, _NONE if k_norm is None else k_norm, eps, arrays[1],
-        )  # fmt: skip
+        query = kernels_cpu.place(qkv, self, cos, sin, keys, values, heads, q_norm, k_norm, eps, self.placement.slots)
         if self.placement.queries is not None:
             self.placement.queries.append(query)
         return query
