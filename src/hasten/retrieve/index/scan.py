@@ -268,6 +268,30 @@ def scan_lists(sample, metric, query, const, addresses, counts, best_d, best_r, 
 
 
 @njit
+def _scan_all(metric, query, const, head_state, lists, delta, best_d, best_r, k, dead, mask):
+    """Offer every head, list and addition, in the order of the heads; returns how many rows the lists have."""
+    heads, extra, _, _, head_row = head_state
+    addresses, counts, _ = lists
+    width = heads.shape[1]
+    row_bytes = width * heads.itemsize
+    found = 0
+    total = 0
+    for h in range(heads.shape[0]):
+        factor = extra[h] if metric == 1 else numba.float32(1.0)
+        value = _row_value(heads, metric, query, const, width, address_of(heads) + h * row_bytes, factor)
+        if value < best_d[k - 1]:
+            found = _offer(best_d, best_r, found, k, value, head_row[h], dead, mask)
+        if counts[h] > 0:
+            found = _scan_list(
+                heads, metric, query, const, width, addresses[h], counts[h], best_d, best_r, found, k, dead, mask
+            )
+        total += counts[h]
+        if delta[3].shape[0] > 0:
+            found = _scan_delta(metric, query, const, h, delta, best_d, best_r, found, k, mask)
+    return total
+
+
+@njit
 def search(
     queries,
     consts,
@@ -292,7 +316,7 @@ def search(
     at most under a ``mask``. ``stats`` (count, 5) int64. ``detail`` also counts pages and reads. Slots without an
     answer hold inf and -1.
     """
-    heads, extra, _, _, head_row = head_state
+    heads = head_state[0]
     addresses, counts, radii = lists
     stamps, epoch, pool_d, pool_i, order = scratch
     width = heads.shape[1]
@@ -307,32 +331,8 @@ def search(
         best_d[:] = np.inf
         best_r[:] = -1
         found = 0
-        if limit < 0:  # everything, in the order of the heads
-            total = 0
-            for h in range(heads.shape[0]):
-                factor = extra[h] if metric == 1 else numba.float32(1.0)
-                value = _row_value(heads, metric, query, const, width, address_of(heads) + h * row_bytes, factor)
-                if value < best_d[k - 1]:
-                    found = _offer(best_d, best_r, found, k, value, head_row[h], dead, mask)
-                if counts[h] > 0:
-                    found = _scan_list(
-                        heads,
-                        metric,
-                        query,
-                        const,
-                        width,
-                        addresses[h],
-                        counts[h],
-                        best_d,
-                        best_r,
-                        found,
-                        k,
-                        dead,
-                        mask,
-                    )
-                total += counts[h]
-                if has_delta:
-                    found = _scan_delta(metric, query, const, h, delta, best_d, best_r, found, k, mask)
+        if limit < 0:
+            total = _scan_all(metric, query, const, head_state, lists, delta, best_d, best_r, k, dead, mask)
             stats[q, LISTS], stats[q, CHECKS], stats[q, CANDIDATES] = heads.shape[0], heads.shape[0], total
             continue
         size, kept, checks = _plan(head_state, lists, metric, query, const, knobs, scratch)

@@ -359,6 +359,21 @@ class _Compaction:
             self.merged += len(short)
             self.settle(rows)
 
+    def locations(self) -> NDArray[np.int64]:
+        """Where each row stands (rows,): its place if its list stays, its head if it is one, -1 for rows that the lists
+        to be written will take, and for dead ones."""
+        g = self.g
+        location = np.full(self.rows, -1, np.int64)
+        location[: g.manifest.rows] = g.location
+        location[~self.live] = -1
+        live_rows = np.flatnonzero(location >= 0)
+        where = location[live_rows]
+        in_list = (where & HEAD_BIT) == 0
+        location[live_rows[in_list][self.changed[where[in_list] >> SLOT_BITS]]] = -1
+        live_heads = self.live[self.head_rows]
+        location[self.head_rows[live_heads]] = HEAD_BIT | np.flatnonzero(live_heads)
+        return location
+
 
 def _two_means(rows: NDArray[np.float32], rng: Any) -> tuple[int, int] | None:
     """Two rows that halve a list; None where they are all equal."""
@@ -432,16 +447,7 @@ def compact_generation(
         segments = []
     directory[keep] = g.directory[keep[: len(g.counts)]]
     directory["flags"] = work.retired
-    location = np.full(work.rows, -1, np.int64)
-    location[: m.rows] = g.location
-    location[~work.live] = -1
-    live_rows = np.flatnonzero(location >= 0)
-    where = location[live_rows]
-    in_list = (where & HEAD_BIT) == 0
-    moved = live_rows[in_list][work.changed[where[in_list] >> SLOT_BITS]]
-    location[moved] = -1
-    live_heads = work.live[work.head_rows]
-    location[work.head_rows[live_heads]] = HEAD_BIT | np.flatnonzero(live_heads)
+    location = work.locations()
     segment = f"postings-{generation}-0.bin"
     entries = {name: dict(m.files[name]) for name in segments}
     segments.append(segment)
