@@ -135,3 +135,15 @@ def test_embedded_models_load_in_transformers_with_equal_logits(name):
 def test_embedded_models_are_small():
     size = sum(f.stat().st_size for name in EMBEDDED for f in model_folder(name).iterdir())
     assert size < 10 * 2**20
+
+
+def test_reading_a_decoder_does_not_import_the_compiler():
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from hasten.language import load; load('pycode-draft-0.7m').decoder; print(sorted(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "'torch'" in ran.stdout
+    assert "torch._dynamo" not in ran.stdout

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from hasten.language.config import DecoderConfig
 from hasten.nn import RMSNorm, causal_mask, grouped_attention, rotary_frequencies, rotate
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "empty_decoder"]
 
 
 class Attention(nn.Module):
@@ -226,3 +227,20 @@ def rotary_tables(
     )
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules are built without drawing weights, for they are about to be read. Drawing on the meta device would import
+    torch's compiler, which takes seconds and a hundred megabytes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def empty_decoder(config: DecoderConfig) -> Decoder:
+    """A decoder on the meta device: its shapes without memory, for weights that are about to be read."""
+    with torch.device("meta"), _Uninitialised():
+        return Decoder(config)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigurationError, ModelLoadError
 from hasten.language.config import DecoderConfig
-from hasten.language.decoder import Decoder
+from hasten.language.decoder import empty_decoder
 from hasten.language.executor import Executor, KVCache, _Layer
 from hasten.language.placement import PlacedStep, chain_placement
 from hasten.language.ragged import RaggedBatch
@@ -163,8 +163,7 @@ def _shape(decoder: Any) -> dict[str, Any]:
 
 def latent_decoder(config: DecoderConfig, shape: dict[str, Any]) -> Any:
     """An empty decoder with latent layers of this shape."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
+    decoder = empty_decoder(config)
     for index, layer in enumerate(decoder.model.layers):
         attention: Any = layer
         attention.self_attn = LatentAttention(

@@ -73,11 +73,10 @@ class LanguageModel:
         return self._decoder
 
     def _read_decoder(self) -> Decoder:
-        from hasten.language.decoder import Decoder
+        from hasten.language.decoder import empty_decoder
 
         assert self.folder is not None
-        with torch.device("meta"):
-            decoder = Decoder(self.config)
+        decoder = empty_decoder(self.config)
         with WeightReader(self.folder, self.config) as reader:
             state = {n: reader.read(n, tuple(t.shape)) for n, t in decoder.state_dict().items()}
         decoder.load_state_dict(state, assign=True)

@@ -122,12 +122,11 @@ def _macs_per_token(model: LanguageModel) -> int:
     """Multiply-adds of one token without context, counted on a model without memory."""
     import torch
 
-    from hasten.language.decoder import Decoder
+    from hasten.language.decoder import empty_decoder
     from hasten.measure.counting import cost
 
     with torch.device("meta"):
-        decoder = Decoder(model.config)
-        return cost(decoder, torch.zeros(1, 1, dtype=torch.int64)).macs
+        return cost(empty_decoder(model.config), torch.zeros(1, 1, dtype=torch.int64)).macs
 
 
 def measure_language(

@@ -110,14 +110,14 @@ class StepTimes:
 
     @classmethod
     def measure(
-        cls, executor: Any, clock: Clock, *, context: int = 256, most: int = 256, limit: float = 1.0
+        cls, executor: Any, clock: Clock, *, context: int = 256, most: int = 96, limit: float = 0.5
     ) -> StepTimes:
         """Run steps of 1 to ``most`` rows on a cache of their own, for about ``limit`` seconds."""
         from hasten.language.ragged import RaggedBatch
 
         context = max(0, min(context, executor.max_context - _ROWS))
         table = list(range(blocks_for(context + _ROWS, 16)))
-        counts = [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256) if n <= most]
+        counts = [n for n in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96) if n <= most]
         cache = executor.new_cache(len(table), 16)
         half: Any
         for half in (cache, getattr(cache, "keys", None), getattr(cache, "values", None)):
