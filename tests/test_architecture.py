@@ -26,6 +26,7 @@ ALONG_A_FLOOR = {
     ("clock", "errors"),
     ("spiking", "adapt"),
     ("spiking", "compress"),  # the contract of a technique
+    ("compress", "train"),  # fine-tuning what was compressed
     ("train", "network"),
     ("testing", "studies"),
 }

@@ -1,5 +1,9 @@
 """Every backend gives softmax attention, on ragged, paged and grouped inputs."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -61,18 +65,14 @@ def test_module_is_the_function_and_bad_input_is_refused():
         DecodeAttention("magic")
 
 
-def test_triton_kernel_under_the_interpreter():
-    """Set TRITON_INTERPRET=1 where Triton is installed and there is no GPU; a GPU needs nothing."""
-    import os
-
+def test_triton_kernel():
+    """On a GPU where there is one, else under Triton's interpreter (tests/conftest.py)."""
     if lean_triton.triton is None:
         q, k, v = dense(torch.float32)
         with pytest.raises(MissingExtraError, match="triton"):
             decode(q, k, v, LENGTHS, backend="triton")
         pytest.skip("Triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET is not set")
     for heads, kv_heads in ((6, 2), (4, 4)):
         q, k, v = dense(torch.float32, heads, kv_heads)
         keys, tables = paged(k, v)
@@ -84,3 +84,59 @@ def test_triton_kernel_under_the_interpreter():
             )  # fmt: skip
             torch.testing.assert_close(out.cpu(), expected, atol=1e-3 if device == "cuda" else 2e-5, rtol=1e-3)
             np.testing.assert_allclose(found.cpu(), logs, atol=1e-3)
+
+
+@pytest.mark.skipif(lean_triton.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernel_with_window_and_softcap(dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter multiplies no bfloat16")
+    q, k, v = dense(dtype, 6, 2)
+    keys, tables = paged(k, v)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    for window, cap in ((37, None), (None, 5.0), (16, 5.0)):
+        out, _ = lean_triton.decode(
+            q.to(device), keys[0].to(device), keys[1].to(device), torch.as_tensor(tables, dtype=torch.int32).to(device),
+            lengths.to(device), grid=5, tile=16, window=window, softcap=cap,
+        )  # fmt: skip
+        for row, length in enumerate(LENGTHS):
+            if length == 0:
+                assert not out[row].any()
+                continue
+            low = max(0, length - window) if window else 0
+            wide = k[row, :, low:length].repeat_interleave(3, 0).float()
+            scores = torch.einsum("hw,htw->ht", q[row].float(), wide) * q.shape[-1] ** -0.5
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            values = v[row, :, low:length].repeat_interleave(3, 0).float()
+            expected = torch.einsum("ht,htw->hw", torch.softmax(scores, -1), values)
+            gap = 0.02 if dtype == torch.bfloat16 or device == "cuda" else 2e-5
+            torch.testing.assert_close(out[row].cpu().float(), expected, atol=gap, rtol=gap)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hasten.language import lean_triton
+kernel = lean_triton._lean_kernel
+constants = dict(kv_heads=8, group=4, rows=16, width=128, wide=128, page=16, tile=64, many=16, capped=True, stages=3,
+                 exact="tf32", live=4, together=8)
+floats = dict.fromkeys(("logs", "states", "sums"), "*fp32") | dict.fromkeys(("scale", "cap"), "fp32")
+halves = dict.fromkeys(("query", "keys", "values", "out"), "*bf16")
+whole = dict.fromkeys(("table_stride", "count", "window"), "i32")
+kinds = floats | halves | whole | dict.fromkeys(constants, "constexpr")
+signature = {n: kinds.get(n, "*i32") for n in kernel.arg_names}
+at = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+made = triton.compile(ASTSource(kernel, signature, constexprs=at), target=GPUTarget("cuda", 90, 32))
+print("mma" in made.asm["ptx"])
+"""
+
+
+@pytest.mark.skipif(lean_triton.triton is None, reason="Triton is not installed")
+def test_triton_kernel_compiles_for_a_gpu_that_is_not_here():
+    """The interpreter takes what the compiler refuses: names that change their type between branches."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
+    assert done.stdout.strip() == "True", done.stderr[-500:]

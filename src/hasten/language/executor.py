@@ -3,8 +3,9 @@
 No prefill and no decode: the rows of all chunks go through each packed matrix together, so weights are read once per
 step for everybody; only attention looks at which row belongs to whom. Query, key and value share one matrix, gate and
 up another. The residual stream is float32, products run at the chosen precision. Between products one fused kernel
-does norm, rotation, cache writes or gating (:mod:`kernels_cpu`); other devices use the plain operations
-(:mod:`kernels_torch`). Long chunks attend through torch's flash kernel unless the mode is deterministic.
+does norm, rotation, cache writes or gating (:mod:`kernels_cpu`; on CUDA :mod:`kernels_triton`, driven by :mod:`gpu`);
+other devices use the plain operations (:mod:`kernels_torch`). Long chunks attend through torch's flash kernel unless
+the mode is deterministic.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _FAR = 1024
 """Tokens of context from which a sequence is worth cutting between threads."""
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
+_Place = Callable[..., Tensor]  # (layer, qkv, cos, sin, keys, values) -> query
+_Attend = Callable[..., Tensor]  # (layer, index, query, keys, values) -> (rows, heads * head_dim)
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,8 @@ class Executor:
         self.bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
         if deterministic and self.device.type != "cpu":
             raise ConfigurationError("deterministic mode is implemented on the CPU; use device='cpu'")
-        self._ops: ModuleType
-        if self.device.type == "cpu":
-            from hasten.language import kernels_cpu
-
-            self._ops = kernels_cpu
-        else:
-            from hasten.language import kernels_torch
-
-            self._ops = kernels_torch
+        self._ops = _operations_of(self.device)
+        self._gpu: Any = None
         self.weight_bytes = 0
         self._load(read, progress)
 
@@ -188,6 +184,10 @@ class Executor:
 
                 tables = (*self._tables, *self._local_tables)
                 self._stack = Stack.of(config, self._layers, self._head, self._last_norm, tables)
+            elif self._ops.__name__.endswith("kernels_triton"):
+                from hasten.language.gpu import GpuSteps
+
+                self._gpu = GpuSteps(self)
         if progress is not None:
             progress(config.num_layers + 1, config.num_layers + 1)
 
@@ -302,52 +302,78 @@ class Executor:
                 f"the batch names block {int(batch.block_tables.max())}, the cache has {cache.num_blocks}; "
                 "give every chunk blocks of this cache"
             )
-        config, ops, dtype = self.config, self._ops, self.dtype
-        device = self.device
-        if device.type != "cpu":
-            batch = _moved(batch, device)
-        residual = self._embed(batch.tokens)
-        if config.embedding_scale != 1.0:
-            # Checkpoints were trained with this factor rounded to the type of the activations.
-            residual *= float(torch.tensor(config.embedding_scale, dtype=dtype))
-        step = ops.prepare(batch)
+        if self._gpu is not None:
+            return self._gpu.step(batch, cache)  # type: ignore[no-any-return]
+        if self.device.type != "cpu":
+            batch = _moved(batch, self.device)
+        residual = self.embed(batch.tokens)
+        step = self._ops.prepare(batch)
         if batch.placement is None and self._stack is not None and self._stack.takes(cache):
             return self._stack.step(residual, step, cache, batch.logit_rows)  # type: ignore[no-any-return]
         placed = self._placed(batch)
-        short, long = (None, []) if placed is not None else self._split(batch)
+        if placed is not None:
+            return self.layers(residual, cache, batch.logit_rows, *self._placed_operations(placed))
+        place, attend = self.operations(step)
+        short, long = self._split(batch)
+        if long:
+
+            def attend(layer: _Layer, index: int, query: Tensor, keys: Any, values: Any) -> Tensor:
+                return self._attend_apart(query, short, long, cache, index, layer.window)
+
+        return self.layers(residual, cache, batch.logit_rows, place, attend).cpu()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (rows,) -> the residual stream (rows, hidden), float32."""
+        residual = self._embed(tokens)
+        if self.config.embedding_scale != 1.0:
+            # Checkpoints were trained with this factor rounded to the type of the activations.
+            residual *= float(torch.tensor(self.config.embedding_scale, dtype=self.dtype))
+        return residual
+
+    def operations(self, step: Any) -> tuple[_Place, _Attend]:
+        """Rotation with the cache write, and attention, for a step that this device's operations prepared."""
+        config, ops = self.config, self._ops
+
+        def place(layer: _Layer, qkv: Tensor, cos: Any, sin: Any, keys: Any, values: Any) -> Tensor:
+            norms = (layer.q_norm, layer.k_norm, config.norm_eps)
+            return ops.place(qkv, step, cos, sin, keys, values, config.num_heads, *norms)  # type: ignore[no-any-return]
+
+        def attend(layer: _Layer, index: int, query: Tensor, keys: Any, values: Any) -> Tensor:
+            scale, cap = config.attention_scale, config.attention_softcap
+            return ops.attend(query, step, keys, values, scale, layer.window, cap)  # type: ignore[no-any-return]
+
+        return place, attend
+
+    def _placed_operations(self, placed: PlacedStep) -> tuple[_Place, _Attend]:
+        config = self.config
+
+        def place(layer: _Layer, qkv: Tensor, cos: Any, sin: Any, keys: Any, values: Any) -> Tensor:
+            norms = (layer.q_norm, layer.k_norm, config.norm_eps)
+            return placed.place(qkv, cos, sin, keys, values, config.num_heads, *norms)
+
+        def attend(layer: _Layer, index: int, query: Tensor, keys: Any, values: Any) -> Tensor:
+            return placed.attend(query, keys, values, config.attention_scale, layer.window, config.attention_softcap)
+
+        return place, attend
+
+    def layers(self, residual: Tensor, cache: KVCache, wanted: Tensor, place: _Place, attend: _Attend) -> Tensor:
+        """residual (rows, hidden) float32, overwritten; wanted (n,) rows -> logits (n, vocabulary) float32.
+
+        Nothing here waits for the device, so that it can be captured.
+        """
+        config, ops, dtype = self.config, self._ops, self.dtype
         pages = cache.layers(ops.constant)
         h = ops.norm(residual, self._layers[0].input_norm, config.norm_eps, dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             keys, values = pages[index]
             cos, sin = self._local_tables if layer.local else self._tables
-            if placed is not None:
-                norms = (layer.q_norm, layer.k_norm, config.norm_eps)
-                query = placed.place(layer.qkv(h), cos, sin, keys, values, config.num_heads, *norms)
-            else:
-                query = ops.place(
-                    layer.qkv(h),
-                    step,
-                    cos,
-                    sin,
-                    keys,
-                    values,
-                    config.num_heads,
-                    layer.q_norm,
-                    layer.k_norm,
-                    config.norm_eps,
-                )
-            scale, cap = config.attention_scale, config.attention_softcap
-            if placed is not None:
-                h = placed.attend(query, keys, values, scale, layer.window, cap)
-            elif not long:
-                h = ops.attend(query, step, keys, values, scale, layer.window, cap)
-            else:
-                h = self._attend_apart(query, short, long, cache, index, layer.window)
+            query = place(layer, layer.qkv(h), cos, sin, keys, values)
+            h = attend(layer, index, query, keys, values)
             if index == last:  # what follows concerns the wanted rows only
-                if batch.logit_rows.shape[0] == 0:
+                if wanted.shape[0] == 0:
                     return torch.empty(0, config.vocab_size)
-                h, residual = h[batch.logit_rows], residual[batch.logit_rows]
+                h, residual = h[wanted], residual[wanted]
             h = layer.out(h)
             if layer.pre_ff_norm is not None and layer.post_ff_norm is not None:
                 h = ops.norm(h, layer.post_norm, config.norm_eps, dtype)
@@ -360,7 +386,7 @@ class Executor:
             h = ops.add_norm(residual, h, following, config.norm_eps, dtype)
         logits = self._head(h).float()
         cap = config.logit_softcap
-        return (logits if cap is None else cap * torch.tanh(logits / cap)).cpu()
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _feed(self, block: _Dense | _Mixture, x: Tensor) -> Tensor:
         gelu = self.config.activation != "silu"
@@ -486,6 +512,17 @@ def _flash(query: Tensor, chunk: _Long, keys: Tensor, values: Tensor, scale: flo
         q, gathered(keys), gathered(values), attn_mask=mask, is_causal=plain, scale=scale
     )
     return out[0].transpose(0, 1).reshape(length, heads * width)
+
+
+def _operations_of(device: torch.device) -> ModuleType:
+    """The fused operations of the device, or the plain ones where it has none."""
+    if device.type == "cpu":
+        from hasten.language import kernels_cpu
+
+        return kernels_cpu
+    from hasten.language import kernels_torch, kernels_triton
+
+    return kernels_triton if device.type == "cuda" and kernels_triton.available() else kernels_torch
 
 
 def _moved(batch: RaggedBatch, device: torch.device) -> RaggedBatch:

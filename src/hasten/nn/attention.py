@@ -9,13 +9,13 @@ from torch.nn import functional
 __all__ = ["causal_mask", "grouped_attention"]
 
 
-def causal_mask(queries: int, keys: int, window: int | None = None) -> Tensor:
+def causal_mask(queries: int, keys: int, window: int | None = None, device: torch.device | None = None) -> Tensor:
     """True where a query may look: (queries, keys); the last query stands at the last key.
 
     ``window`` keys at most, the query's own included (sliding-window attention); None for all earlier ones.
     """
-    position = torch.arange(keys - queries, keys)[:, None]
-    key = torch.arange(keys)[None, :]
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
     mask = key <= position
     return mask if window is None else mask & (key > position - window)
 
