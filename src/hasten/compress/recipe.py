@@ -129,6 +129,9 @@ class Recipe:
 
 
 def _label(technique: Technique) -> str:
+    own = getattr(technique, "label", None)
+    if isinstance(own, str):
+        return own
     knobs = {k: v for k, v in to_dict(technique).items() if k != "technique"}
     if technique.name == "weight-precision":
         shown = str(getattr(technique, "format", ""))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 
+from hasten.compress.values import default_of, read, write
 from hasten.errors import ConfigurationError
 
 __all__ = ["LayerReport", "Technique", "TechniqueReport", "exportable", "from_dict", "register", "to_dict"]
@@ -120,12 +121,12 @@ def register(cls: _T) -> _T:
 
 
 def to_dict(technique: Technique) -> dict[str, Any]:
-    """The technique and its knobs as plain values; defaults are left out."""
+    """The technique and its knobs as plain values (see :mod:`hasten.compress.values`); defaults are left out."""
     knobs: dict[str, Any] = {}
     for knob in fields(technique):  # type: ignore[arg-type]
         value = getattr(technique, knob.name)
-        if value != knob.default:
-            knobs[knob.name] = list(value) if isinstance(value, tuple) else value
+        if value != default_of(knob):
+            knobs[knob.name] = write(value)
     return {"technique": technique.name, **knobs}
 
 
@@ -138,10 +139,13 @@ def from_dict(entry: dict[str, Any]) -> Technique:
         raise ConfigurationError(f"there is no technique {name!r}; known are {', '.join(sorted(_TECHNIQUES))}")
     cls = _TECHNIQUES[name]
     known = {f.name for f in fields(cls)}
-    knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "technique"}
+    knobs = {k: read(v) for k, v in entry.items() if k != "technique"}
     unknown = sorted(set(knobs) - known)
     if unknown:
         raise ConfigurationError(f"{name} has no knob {', '.join(unknown)}; its knobs are {', '.join(sorted(known))}")
+    missing = sorted(f.name for f in fields(cls) if f.name not in knobs and default_of(f) is MISSING)
+    if missing:
+        raise ConfigurationError(f"{name} needs {', '.join(missing)}; add the knob to the recipe")
     technique: Technique = cls(**knobs)
     return technique
 

@@ -1,0 +1,223 @@
+"""From simulated layers to layers that run real kernels, where a kernel stores just these codes and is measured faster.
+
+A kernel counts as the same function when its weights are the codes themselves: int8 rows, or int4 groups with scales
+that its number format holds. Which activations it reads is part of its name: bfloat16 (``int8-weight``, ``int4-g32``),
+bytes per token (``int8``), bytes per 32 or 128 inputs (``int4-panels``, ``int8-panels``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hasten.clock import Clock
+from hasten.compress import kernels
+from hasten.compress.packed import Packed
+from hasten.compress.precision import PackedLinear
+from hasten.compress.quantize.base import Format, Quantized
+from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from hasten.compress.quantize.integer import Int
+from hasten.compress.quantize.layers import ActivationQuantizer, IntegerLinear, QuantizedLayer, Simulated
+
+__all__ = ["KernelLinear", "candidates", "convolution", "realise"]
+
+INTEGER = "int8"
+"""Name of :class:`IntegerLinear` in reports; the table of kernels measures it as ``int8-dynamic``, its like."""
+
+
+class KernelLinear(QuantizedLayer):
+    """A linear layer whose codes are laid out for one kernel of the table; inference on this machine only.
+
+    >>> layer = nn.Linear(64, 32)
+    >>> weight = Int(8, PerChannel(0)).quantize(layer.weight)
+    >>> KernelLinear(weight, None, "int8-weight")(torch.zeros(1, 64)).shape
+    torch.Size([1, 32])
+    """
+
+    def __init__(self, weight: Quantized, bias: Tensor | None, name: str) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.activation = None
+        self.inner = PackedLinear(_lay_out(weight, name), bias, name)
+        self.kernel_name = name
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """As the layer that it replaces."""
+        return self.inner.bias
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self.inner.packed_bytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)."""
+        result: Tensor = self.inner(x)
+        return result
+
+    def plain(self) -> nn.Module:
+        """A float layer with the weight that the kernel uses."""
+        return self.inner.plain()
+
+    def quantized(self) -> Quantized:
+        """The codes, read back from the kernel's layout."""
+        packed, name = self.inner.packed, self.kernel_name
+        if name in ("int8-weight", "int8-dynamic"):
+            codes, scale = packed.tensors
+            return Quantized(codes, scale[:, None], None, self.format)
+        values = kernels.kernel(name).unpack(packed)
+        scale = _scales_of(packed, name)
+        if scale.dim() == 1:
+            scale = scale[:, None]
+        return self.format.quantize(values, scale)
+
+
+def _lay_out(weight: Quantized, name: str) -> Packed:
+    """Codes and scales as the kernel wants them; no rounding takes place."""
+    shape = (weight.shape[0], weight.shape[1])
+    if name in ("int8-weight", "int8-dynamic"):
+        return Packed((weight.codes.contiguous(), weight.scales.reshape(-1).contiguous()), shape)
+    if name == "int8-panels":
+        return _panels_of_bytes(weight)
+    if name == "int4-panels":
+        return _panels_of_halves(weight)
+    size = _group(weight.format)
+    codes = (weight.codes.to(torch.int32) + 8).contiguous()
+    stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scale = weight.scales.t().contiguous()
+    both = torch.stack([scale, torch.zeros_like(scale)], dim=-1).to(torch.bfloat16).contiguous()
+    return Packed((stored, both), shape, size)
+
+
+def _panels_of_bytes(weight: Quantized) -> Packed:
+    """The inverse of ``int8.unpack`` for given codes and scales; packing a float weight would round it again."""
+    from hasten.nn.product.blocks import PANEL as panel
+    from hasten.nn.product.blocks import aligned
+    from hasten.nn.product.int8 import ZERO
+
+    out, inner = weight.shape
+    quads = -(-inner // 4)
+    padded = np.full((-(-out // panel) * panel, quads * 4), ZERO, np.uint8)
+    padded[:out, :inner] = (weight.codes.to(torch.int16) + ZERO).to(torch.uint8).numpy()
+    packed = aligned((len(padded) // panel, quads, panel, 4), np.uint8)
+    packed[:] = padded.reshape(-1, panel, quads, 4).transpose(0, 2, 1, 3)
+    scales = weight.scales.reshape(-1).contiguous()
+    return Packed((torch.from_numpy(packed), scales), (out, inner))
+
+
+def _panels_of_halves(weight: Quantized) -> Packed:
+    """The inverse of ``int4.unpack`` for given codes and scales."""
+    from hasten.nn.product import int4
+    from hasten.nn.product.blocks import PANEL as panel
+    from hasten.nn.product.blocks import aligned
+
+    out, inner = weight.shape
+    group = int4.INPUTS
+    panels, groups = -(-out // panel), -(-inner // group)
+    codes = np.full((panels * panel, groups * group), int4.ZERO, np.uint8)
+    codes[:out, :inner] = (weight.codes.to(torch.int16) + int4.ZERO).to(torch.uint8).numpy()
+    halves = codes.reshape(panels, panel, groups, int4._PARTS, 2, 4).transpose(0, 2, 3, 4, 1, 5)
+    packed = aligned((panels, groups, int4.BYTES), np.uint8)
+    packed[:, :, : panel * group // 2] = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).reshape(panels, groups, -1)
+    scales = np.zeros((panels * panel, groups), np.float16)
+    scales[:out] = weight.scales.numpy()
+    packed[:, :, panel * group // 2 :] = np.ascontiguousarray(
+        scales.reshape(panels, panel, groups).transpose(0, 2, 1)
+    ).view(np.uint8)
+    return Packed((torch.from_numpy(packed),), (out, inner), group)
+
+
+def _scales_of(packed: Packed, name: str) -> Tensor:
+    if name == "int8-panels":
+        return packed.tensors[1]
+    if name == "int4-panels":
+        from hasten.nn.product.blocks import PANEL
+        from hasten.nn.product.int4 import INPUTS
+
+        array = packed.tensors[0].numpy()
+        scales: Any = array[:, :, PANEL * INPUTS // 2 :].copy().view(np.float16).astype(np.float32)
+        plain = scales.transpose(0, 2, 1).reshape(-1, scales.shape[1])
+        return torch.from_numpy(np.ascontiguousarray(plain[: packed.shape[0]]))
+    return packed.tensors[1][..., 0].t().float().contiguous()
+
+
+def _group(fmt: Format) -> int:
+    return fmt.granularity.size if isinstance(fmt.granularity, PerGroup) and fmt.granularity.axis in (1, -1) else 0
+
+
+def candidates(weight: Format, activation: Format | None, shape: tuple[int, int]) -> list[str]:
+    """Kernels of this machine that run a linear layer of these formats and this shape (out, in)."""
+    if not isinstance(weight, Int) or not weight.symmetric:
+        return []
+    present = {k.name for k in kernels.available() if k.supports(*shape)}
+    bytes_in = isinstance(activation, Int) and activation.bits == 8
+    tokens = bytes_in and isinstance(activation, Int) and isinstance(activation.granularity, PerToken)
+    rows = isinstance(weight.granularity, PerChannel) and weight.granularity.axis == 0
+    if weight.bits == 8 and rows:
+        if activation is None:
+            return [n for n in ("int8-weight",) if n in present]
+        if not isinstance(activation, Int) or not isinstance(activation.granularity, (PerToken, PerTensor)):
+            return []
+        names = [INTEGER] if bytes_in and "int8-dynamic" in present else []
+        return names + [n for n in ("int8-panels",) if tokens and activation.symmetric and n in present]
+    group = _group(weight)
+    if weight.bits == 4 and group:
+        if activation is None:
+            return [n for n in (f"int4-g{group}",) if n in present]
+        if tokens and group == 32 and isinstance(activation, Int) and activation.symmetric:
+            return [n for n in ("int4-panels",) if n in present]
+    return []
+
+
+def fits_half(weight: Quantized) -> bool:
+    """Whether the scales survive the half formats that the int4 kernels read."""
+    return all(torch.equal(weight.scales.to(k).float(), weight.scales) for k in (torch.float16, torch.bfloat16))
+
+
+def realise(layer: Simulated, name: str) -> QuantizedLayer:
+    """The layer on the kernel ``name``: :data:`INTEGER`, or one of the table."""
+    weight = layer.quantized()
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    made: QuantizedLayer
+    if name == INTEGER:
+        assert isinstance(layer.activation, ActivationQuantizer)
+        made = IntegerLinear(weight, bias, layer.activation)
+    else:
+        made = KernelLinear(weight, bias, name)
+    return made.train(layer.training)
+
+
+def decide(
+    layer: Simulated, tokens: int, only_faster: bool, clock: Clock | None = None, wanted: Sequence[str] | None = None
+) -> tuple[str | None, str, float | None]:
+    """Kernel or None, the reason, and how much faster than float32 it is, where that was measured."""
+    if layer.layer["kind"] != "Linear":
+        return convolution(layer, tokens, only_faster, clock)
+    shape = (layer.matrix[0], layer.matrix[1])
+    activation = layer.activation.format if layer.activation is not None else None
+    names = candidates(layer.format, activation, shape)
+    if wanted is not None:
+        names = [n for n in names if n in wanted]
+    if names and layer.format.bits == 4 and not fits_half(layer.quantized()):
+        return None, "its scales leave the range of the int4 kernels", None
+    if not names:
+        return None, f"no kernel here runs {layer.format.label} weights of {shape[0]} x {shape[1]}", None
+    asked = {n: "int8-dynamic" if n == INTEGER else n for n in names}
+    times = kernels.measure_kernels(shape, tokens, ["fp32", *asked.values()], clock=clock)
+    best = min(names, key=lambda n: times[asked[n]])
+    speedup = times["fp32"] / times[asked[best]]
+    if only_faster and speedup < 1:
+        return None, f"{best} would take {1 / speedup:.2f}× the time of fp32 at {tokens} rows", speedup
+    return best, f"{speedup:.2f}× as fast as fp32 at {tokens} rows", speedup
+
+
+def convolution(
+    layer: Simulated, tokens: int, only_faster: bool, clock: Clock | None = None
+) -> tuple[str | None, str, float | None]:
+    """The real integer convolution for this layer: kernel or None, reason, speed-up. None is built in yet."""
+    return None, "convolutions run simulated", None
