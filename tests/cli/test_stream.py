@@ -66,3 +66,38 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
         CliRunner().invoke(
             app, ["stream", str(sound(tmp_path / "a.wav")), "--data", str(tmp_path)], catch_exceptions=False
         )
+
+
+def classifier(folder: Path) -> Path:
+    """A packed model of two bands that was not trained."""
+    import torch
+
+    from hasten.compress.container import save
+    from hasten.events.t2 import T2, T2Config
+
+    torch.manual_seed(0)
+    extra = {"bands": ["g", "r"], "classes": ["a", "b", "c"], "kernel": {"steps": 3, "points": 20}}
+    model = T2(T2Config(bands=2, length=20, classes=3, width=8, heads=2, hidden=8)).eval()
+    save(model, folder, torch.randn(2, 20, 2), extra=extra)
+    return folder
+
+
+def test_alerts_are_classified_and_timed(tmp_path: Path) -> None:
+    rows = [f"o{k % 2},{60000 + k},{'gr'[k % 3 == 0]},{100 + 9 * k},5" for k in range(12)]
+    alerts = tmp_path / "alerts.csv"
+    alerts.write_text("object_id,time,band,flux,error\n" + "\n".join(rows) + "\nbad,60001,q,1,1\n")
+    model = str(classifier(tmp_path / "model"))
+    done = CliRunner().invoke(
+        app, ["stream", str(alerts), "--model", model, "--batch", "4", "--json"], catch_exceptions=False
+    )
+    document = json.loads(done.stdout.strip().splitlines()[-1])
+    assert document["alerts"] == 13
+    assert document["skipped"] == 1
+    assert document["classified"] == 10
+    assert set(document["objects"]) == {"o0", "o1"}
+    assert document["latency"]["count"] == 10
+    shown = CliRunner().invoke(app, ["stream", str(alerts), "--model", model, "--limit", "5"], catch_exceptions=False)
+    assert "alerts per" in shown.stdout.replace("\n", " ")
+    alerts.write_text("object_id,time,band,flux,error\n")
+    with pytest.raises(DataError):
+        CliRunner().invoke(app, ["stream", str(alerts), "--model", model], catch_exceptions=False)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.nn.product import FORMATS, supported
+from hasten.nn.product import FORMATS, bfloat16, supported, tiles
 
 NONE = np.empty(0, np.float32)
 PRECISIONS = [p for p in FORMATS if supported(p)]
@@ -108,3 +108,17 @@ def test_output_in_bfloat16_is_the_rounded_float32(precision):
     module(precision).multiply(words(x), packed(precision, weight), NONE, exact)
     module(precision).multiply(words(x), packed(precision, weight), NONE, words(short))
     assert torch.equal(torch.from_numpy(exact).bfloat16(), short)
+
+
+@pytest.mark.skipif(not tiles.granted(), reason="this processor has no matrix tiles")
+@pytest.mark.parametrize(("rows", "out", "inner"), [(16, 64, 64), (17, 70, 34), (47, 130, 1100), (113, 16, 96)])
+def test_tiles_give_the_product(rows, out, inner):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inner, generator=generator).bfloat16()
+    weight = torch.randn(out, inner, generator=generator).bfloat16()
+    bias = torch.randn(out, generator=generator)
+    result = np.empty((rows, out), np.float32)
+    packed = bfloat16.pack(weight.view(torch.uint16).numpy())
+    tiles.multiply(x.view(torch.uint16).numpy(), packed, bias.numpy(), result)
+    expected = x.float() @ weight.float().t() + bias
+    torch.testing.assert_close(torch.from_numpy(result), expected, atol=1e-4, rtol=1e-4)

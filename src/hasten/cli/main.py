@@ -28,6 +28,7 @@ _bench = typer.Typer(help="Load a server and say what its users experience.", no
 _COMMANDS = (
     ("measure", "measure", "measure"),
     ("tune", "tune", "tune"),
+    ("compress", "compress", "compress"),
     ("serve", "serve", "serve"),
     ("study", "study", "study"),
     ("demo", "demo", "demo"),

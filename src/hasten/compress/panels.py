@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.compress.packed import LinearKernel, Packed
 from hasten.nn.product import FORMATS, supported
 
-__all__ = ["panel_kernels", "panel_product", "takes"]
+__all__ = ["codes_product", "panel_kernels", "panel_product", "panels_of_codes", "takes"]
 
 _ERRORS = {"bf16": 6e-3, "int8": 2e-2, "int4": 0.13}
 _NONE = np.empty(0, np.float32)
@@ -39,10 +39,15 @@ def _pack(weight: Tensor, precision: str) -> tuple[Any, ...]:
     return packed if isinstance(packed, tuple) else (packed,)
 
 
-def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, width: int) -> Tensor:
-    """x (rows, in) bfloat16, contiguous -> (rows, width) bfloat16."""
+def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, width: int, fixed: bool = False) -> Tensor:
+    """x (rows, in) bfloat16, contiguous -> (rows, width) bfloat16; see :func:`panel_product` for ``fixed``."""
     out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
-    _module(precision).multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
+    module = _module(precision)
+    if precision == "bf16" and not fixed:
+        from hasten.nn.product import tiles
+
+        module = tiles if x.shape[0] >= tiles.FEWEST and tiles.granted() else module
+    module.multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
     return out
 
 
@@ -79,12 +84,74 @@ def takes(precision: str, out: int, inner: int) -> bool:
 
 
 def panel_product(
-    weight: Tensor, precision: str, bias: Tensor | None
+    weight: Tensor, precision: str, bias: Tensor | None, *, fixed: bool = False
 ) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
-    """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed weight and bias, and their bytes."""
-    arrays = _pack(weight, precision)
+    """``x (rows, in) bfloat16 -> x Wᵀ + bias (rows, out) bfloat16``, the packed weight and bias, and their bytes.
+
+    ``fixed``: a row's bits do not depend on the number of rows, which costs speed on processors with matrix tiles.
+    """
+    return _product(_pack(weight, precision), precision, bias, weight.shape[0], fixed)
+
+
+def _product(
+    arrays: tuple[Any, ...], precision: str, bias: Tensor | None, width: int, fixed: bool = False
+) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int]:
     offset = None if bias is None else bias.detach().float().numpy().copy()
-    added, width = _NONE if offset is None else offset, weight.shape[0]
+    added = _NONE if offset is None else offset
     packed = arrays if len(arrays) > 1 else arrays[0]
     size = sum(a.nbytes for a in arrays)
-    return lambda x: _multiply(x, precision, arrays, added, width), (packed, offset), size
+    return lambda x: _multiply(x, precision, arrays, added, width, fixed), (packed, offset), size
+
+
+def panels_of_codes(codes: Tensor, scales: Tensor, precision: str) -> tuple[Any, ...]:
+    """Given codes as a kernel lays them out, without rounding: what packing the weight that they stand for would lose.
+
+    codes (out, in), -128 … 127 for int8 and -8 … 7 for int4; scales (out,) float32 for int8, (out, in / 32) for int4,
+    where float16 must hold them.
+    """
+    from hasten.nn.product.blocks import PANEL, aligned
+
+    module = _module(precision)
+    out, inner = codes.shape
+    panels = -(-out // PANEL)
+    if precision == "int8":
+        quads = -(-inner // 4)
+        padded = np.full((panels * PANEL, quads * 4), module.ZERO, np.uint8)
+        padded[:out, :inner] = (codes.to(torch.int16) + module.ZERO).to(torch.uint8).numpy()
+        packed = aligned((panels, quads, PANEL, 4), np.uint8)
+        packed[:] = padded.reshape(panels, PANEL, quads, 4).transpose(0, 2, 1, 3)
+        return packed, scales.reshape(-1).float().numpy().copy()
+    groups = -(-inner // module.INPUTS)
+    padded = np.full((panels * PANEL, groups * module.INPUTS), module.ZERO, np.uint8)
+    padded[:out, :inner] = (codes.to(torch.int16) + module.ZERO).to(torch.uint8).numpy()
+    halves = padded.reshape(panels, PANEL, groups, -1, 2, 4).transpose(0, 2, 3, 4, 1, 5)
+    packed, split = aligned((panels, groups, module.BYTES), np.uint8), PANEL * module.INPUTS // 2
+    packed[:, :, :split] = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).reshape(panels, groups, -1)
+    held = np.zeros((panels * PANEL, groups), np.float16)
+    held[:out] = scales.numpy()
+    packed[:, :, split:] = np.ascontiguousarray(held.reshape(panels, PANEL, groups).transpose(0, 2, 1)).view(np.uint8)
+    return (packed,)
+
+
+def codes_product(
+    codes: Tensor, scales: Tensor, bits: int, bias: Tensor | None
+) -> tuple[str, Callable[[Tensor], Tensor], tuple[Any, Any], int] | None:
+    """The product of a stored matrix, or None where no kernel runs these codes as they are.
+
+    codes (out, in), scales (out, groups) float32: one group for int8; for int4 groups of a multiple of 32, which are
+    repeated. Returns the precision and what :func:`panel_product` returns.
+    """
+    out, inner = codes.shape
+    groups = scales.shape[1]
+    precision = {8: "int8", 4: "int4"}.get(bits)
+    if precision is None or not takes(precision, out, inner):
+        return None
+    if precision == "int8":
+        if groups != 1:
+            return None
+    else:
+        size = inner // groups
+        if inner % groups or size % 32 or not torch.equal(scales.half().float(), scales):
+            return None
+        scales = scales.repeat_interleave(size // 32, 1)
+    return precision, *_product(panels_of_codes(codes, scales, precision), precision, bias, out)

@@ -212,7 +212,10 @@ def _read(family: str, config: Mapping[str, Any]) -> DecoderConfig:
         raise UnsupportedModelError(f"activation {activation!r} is not supported; silu and gelu_pytorch_tanh are")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(f"the weights are stored quantised ({method}); give the unquantised folder")
+        if method not in ("compressed-tensors", "hasten"):  # language/compressed.py reads these
+            raise UnsupportedModelError(
+                f"the weights are stored quantised ({method}); give the unquantised folder, or compressed-tensors"
+            )
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModelError("use_bidirectional_attention is set; only causal decoders are supported")
     if config.get("mlp_bias"):

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from hasten.compress.panels import takes
 from hasten.errors import CacheError, ConfigurationError
+from hasten.language.codes import joined
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
 from hasten.language.linear import PackedLinear, best_precision, pack
@@ -39,7 +40,8 @@ _LONG = 32
 _FAR = 1024
 """Tokens of context from which a sequence is worth cutting between threads."""
 
-Read = Callable[[str, tuple[int, ...]], Tensor]
+Read = Callable[[str, tuple[int, ...]], Any]
+"""Name and shape of a parameter -> its tensor, or codes and scales (:class:`~hasten.compress.quantize.Quantized`)."""
 _Place = Callable[..., Tensor]  # (layer, qkv, cos, sin, keys, values) -> query
 _Attend = Callable[..., Tensor]  # (layer, index, query, keys, values) -> (rows, heads * head_dim)
 
@@ -147,6 +149,7 @@ class Executor:
             raise ConfigurationError("deterministic mode is implemented on the CPU; use device='cpu'")
         self._ops = _operations_of(self.device)
         self._gpu: Any = None
+        self._has_codes = False
         self.weight_bytes = 0
         self._load(read, progress)
 
@@ -167,7 +170,7 @@ class Executor:
             # The output matrix decides between near-equal tokens, so it does not go below 8 bits; with a scale for
             # each 128 inputs of a row these cost 0.0001 bits per byte on pycode-4m. Other kernels keep 16.
             precision = self.precision
-            if precision in ("int8", "int4"):
+            if precision in ("int8", "int4") or self._has_codes:
                 precision = "int8" if self.device.type == "cpu" and takes("int8", *head.shape) else "bf16"
             self._head = self._pack(head, precision)
             self._embed = self._embedding(embedding)
@@ -198,7 +201,7 @@ class Executor:
         memory once. Else it is copied, for a view of the file would keep the whole file mapped.
         """
         packed = self._head.packed
-        if self.config.tie_embeddings and packed is not None and packed[0] == "bf16":
+        if self.config.tie_embeddings and packed is not None and packed[0].startswith("bf16"):
             panels = torch.from_numpy(packed[1])
             size = panels.shape[2]
 
@@ -213,9 +216,12 @@ class Executor:
         weight = read(name, (width or self.config.hidden_size,)).to(self.device).float()
         return self._ops.constant((weight + self.config.norm_offset).contiguous())
 
-    def _pack(self, weight: Tensor, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
+    def _pack(self, weight: Any, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
+        if not isinstance(weight, Tensor):  # codes, as the folder stores them
+            self._has_codes = True
+            weight = weight if self.device.type == "cpu" else weight.dequantize()
         packed = pack(
-            weight.to(self.device),
+            weight.to(self.device) if isinstance(weight, Tensor) else weight,
             precision or self.precision,
             bias=None if bias is None else bias.to(self.device),
             deterministic=self.deterministic,
@@ -228,7 +234,7 @@ class Executor:
         prefix, hidden, width = f"model.layers.{index}.", config.hidden_size, config.head_dim
         heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
         attention = prefix + "self_attn."
-        qkv = torch.cat([read(f"{attention}{n}_proj.weight", (h * width, hidden)) for n, h in heads.items()])
+        qkv = joined([read(f"{attention}{n}_proj.weight", (h * width, hidden)) for n, h in heads.items()])
         qkv_bias = out_bias = None
         if config.attention_bias:
             qkv_bias = torch.cat([read(f"{attention}{n}_proj.bias", (h * width,)) for n, h in heads.items()])
@@ -252,7 +258,7 @@ class Executor:
 
     def _read_dense(self, read: Read, prefix: str, inner: int) -> _Dense:
         hidden = self.config.hidden_size
-        gate_up = torch.cat([read(f"{prefix}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")])
+        gate_up = joined([read(f"{prefix}{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")])
         return _Dense(self._pack(gate_up), self._pack(read(f"{prefix}down_proj.weight", (hidden, inner))))
 
     def _read_feed_forward(self, read: Read, prefix: str, index: int) -> _Dense | _Mixture:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.compress.panels import panel_product, takes
+from hasten.compress.panels import codes_product, panel_product, takes
+from hasten.compress.quantize.base import Quantized
 from hasten.errors import ConfigurationError
+from hasten.nn.product import tiles
 
 __all__ = ["PRECISIONS", "PackedLinear", "best_precision", "pack"]
 
@@ -80,16 +82,30 @@ def best_precision(device: str = "cpu") -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and "AVX2" not in cpu.get_cpu_capability() else "fp32"
 
 
-def pack(weight: Tensor, precision: str, *, bias: Tensor | None = None, deterministic: bool = False) -> PackedLinear:
+def pack(
+    weight: Tensor | Quantized, precision: str, *, bias: Tensor | None = None, deterministic: bool = False
+) -> PackedLinear:
     """Lay out ``weight`` (out, in) at ``precision``; the caller's tensor is not kept.
 
-    Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
+    Codes are laid out as they are, whatever the precision, where a kernel runs them; else what they stand for is packed
+    at ``precision``. Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
     """
+    if isinstance(weight, Quantized):
+        out_features, in_features = weight.shape
+        scales = weight.scales.reshape(out_features, -1) if weight.zeros is None and _integer(weight) else None
+        found = None if scales is None else codes_product(weight.codes, scales, weight.format.bits, bias)
+        if found is not None:
+            kind, product, packed, num_bytes = found
+            return PackedLinear(
+                product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
+            )
+        weight = weight.dequantize()
     out_features, in_features = weight.shape
     if weight.device.type == "cpu" and takes(precision, out_features, in_features):
-        product, packed, num_bytes = panel_product(weight, precision, bias)
+        product, packed, num_bytes = panel_product(weight, precision, bias, fixed=deterministic)
+        kind = "bf16-tiles" if precision == "bf16" and not deterministic and tiles.granted() else precision
         return PackedLinear(
-            product, in_features, out_features, num_bytes, packed=(precision, *packed, out_features, in_features)
+            product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
         )
     tile = _TILE if deterministic else None
     if precision in ("fp32", "bf16"):
@@ -104,6 +120,12 @@ def pack(weight: Tensor, precision: str, *, bias: Tensor | None = None, determin
         product, num_bytes = quantized_product(weight, precision, bias)
         return PackedLinear(product, in_features, out_features, num_bytes, tile)
     raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+
+
+def _integer(weight: Quantized) -> bool:
+    from hasten.compress.quantize.integer import Int
+
+    return isinstance(weight.format, Int) and weight.scales.numel() % weight.shape[0] == 0
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hasten.errors import ConfigurationError, ModelLoadError
+from hasten.language.compressed import CompressedReader, is_compressed
 from hasten.language.config import PRESETS, DecoderConfig
 from hasten.language.weights import WeightReader, read_config
 
@@ -77,7 +78,8 @@ class LanguageModel:
 
         assert self.folder is not None
         decoder = empty_decoder(self.config)
-        with WeightReader(self.folder, self.config) as reader:
+        kind = CompressedReader if is_compressed(self.folder) else WeightReader
+        with kind(self.folder, self.config) as reader:
             state = {n: reader.read(n, tuple(t.shape)) for n, t in decoder.state_dict().items()}
         decoder.load_state_dict(state, assign=True)
         if self.config.tie_embeddings:
@@ -94,16 +96,25 @@ class LanguageModel:
             "precision": self.precision,
             "deterministic": self.deterministic,
         }
-        if self._decoder is not None:
+        stored = self.folder is not None and is_compressed(self.folder)
+        if self._decoder is not None and not stored:
             from hasten.language.latent import LatentExecutor, is_latent
+            from hasten.language.sized import executor_of, is_sized
 
             if is_latent(self._decoder):
                 return LatentExecutor(self._decoder, progress=self._progress, **options)
+            if is_sized(self._decoder):
+                return executor_of(self._decoder, progress=self._progress, **options)
             state = self._decoder.state_dict()
             return Executor(self.config, lambda name, shape: state[name].detach(), progress=self._progress, **options)
         assert self.folder is not None
-        with WeightReader(self.folder, self.config) as reader:
-            return Executor(self.config, reader.read, progress=self._progress, **options)
+        if stored:
+            with CompressedReader(self.folder, self.config) as reader:
+                # Codes run as they are stored, unless another precision is asked for.
+                read: Any = reader.codes if self.precision == "auto" else reader.read
+                return Executor(self.config, read, progress=self._progress, **options)
+        with WeightReader(self.folder, self.config) as plain:
+            return Executor(self.config, plain.read, progress=self._progress, **options)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -193,12 +204,13 @@ def load(
             )
         config = replace(config, max_position_embeddings=context)
     from hasten.language.latent import read as read_latent
+    from hasten.language.sized_files import read as read_sized
 
     return LanguageModel(
         str(name) if str(name) in EMBEDDED else folder.name,
         config,
         folder=folder,
-        decoder=read_latent(folder, config),
+        decoder=read_latent(folder, config) or read_sized(folder, config),
         device=device,
         precision=dtype,
         deterministic=deterministic,

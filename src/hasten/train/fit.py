@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,5 +124,5 @@ def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> 
         optimiser.load_state_dict(saved["optimiser"])
         torch.set_rng_state(saved["random"])
         return [float(v) for v in saved["losses"]]
-    except (KeyError, RuntimeError, ValueError, EOFError) as error:
+    except (KeyError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(f"checkpoint {str(path)!r} does not belong to this model; remove it to start anew") from error

@@ -22,9 +22,7 @@ from hasten.errors import BudgetError, ConfigurationError
 def parts() -> tuple[nn.Module, Spectrum]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
-    sens = HessianSpectrum(portions=2, fraction=0.5)(
-        model, lambda m, x: m(x).square().mean(), [torch.randn(32, 8)]
-    )
+    sens = HessianSpectrum(portions=2, fraction=0.5)(model, lambda m, x: m(x).square().mean(), [torch.randn(32, 8)])
     return model, sens
 
 
@@ -57,7 +55,13 @@ def test_a_budget_that_cannot_be_met_names_the_least() -> None:
         MixedPrecision(budget="many")
     with pytest.raises(ConfigurationError, match="latency="):
         MixedPrecision(budget="5ms").solve(model, sens)
-    for wrong in ({"bits": ()}, {"bits": (2, 2)}, {"budget": 0.0}, {"rule": "guess"}, {"bits": (2, 3, 4), "rule": "sort"}):
+    for wrong in (
+        {"bits": ()},
+        {"bits": (2, 2)},
+        {"budget": 0.0},
+        {"rule": "guess"},
+        {"bits": (2, 3, 4), "rule": "sort"},
+    ):
         with pytest.raises(ConfigurationError):
             MixedPrecision(**wrong)  # type: ignore[arg-type]
 

@@ -97,7 +97,9 @@ def test_units_that_gain_no_time_and_pinned_ones_stay(trained: Any) -> None:
     def timed(layer: str, bits: int) -> float:
         return seconds.get(layer, usual)[bits]
 
-    found = BisectPrecision(scores, likelihood, floor=0.5, bits=(8, 3), latency=timed, pinned=("10",))(model, validation)
+    found = BisectPrecision(scores, likelihood, floor=0.5, bits=(8, 3), latency=timed, pinned=("10",))(
+        model, validation
+    )
     assert found.widths["0"] == 16
     assert found.widths["10"] == 16
     assert any(n.startswith("0 stays") for n in found.notes)

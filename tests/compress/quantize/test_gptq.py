@@ -41,7 +41,14 @@ def test_blocks_and_factor_are_the_slow_method() -> None:
 
 @pytest.mark.parametrize(
     "fmt",
-    [Int(3, PerChannel(0)), Int(4, PerGroup(1, 20), symmetric=False), MiniFloat(2, 1).per_channel(), NF4, MXFP4, KMeans(3)],
+    [
+        Int(3, PerChannel(0)),
+        Int(4, PerGroup(1, 20), symmetric=False),
+        MiniFloat(2, 1).per_channel(),
+        NF4,
+        MXFP4,
+        KMeans(3),
+    ],
     ids=lambda f: f.label,
 )
 @pytest.mark.parametrize("order", [True, False])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.quantize.hessian import Hessian, Trace, block_traces, lanczos, power_iteration, trace
+from hasten.compress.quantize.sensitivity import require_exact
 from hasten.errors import ConfigurationError
 
 
@@ -138,6 +139,11 @@ def test_a_backward_pass_that_autograd_cannot_see_is_found() -> None:
     assert seen.verify("first") < 0.05
     assert unseen.verify("first") > 0.5
     assert unseen.verify("second") > 0.99
+    assert seen.own_operators() == ()
+    assert unseen.own_operators() == ("Hidden",)
+    with pytest.raises(ConfigurationError, match="twice in second.*Hidden"):
+        require_exact(unseen, "second")
+    require_exact(seen, "second")
     linear = Hessian(model, lambda m, b: m(b[0]).sum(), batches, blocks(model))
     assert linear.verify("second") == 0.0
 

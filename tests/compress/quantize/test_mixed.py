@@ -63,6 +63,18 @@ def test_fine_tuning_ends_on_the_grid_and_helps() -> None:
     assert not any(m.training for m in tuned.modules())
 
 
+def test_ranges_of_inputs_are_those_of_the_float_model() -> None:
+    model, batches = data()
+    x = batches[0][0] * 0.1  # a scale of one would round this away
+    new = MixedQuantize((), (("0", Int(8)), ("2", Int(8)), ("4", Int(8))))(model, [x])
+    with torch.no_grad():
+        inside = model[:4](x)
+        assert float(new[4].scale) == pytest.approx(float(inside.abs().max()) / 127, rel=1e-3)
+        assert new.report.measured["sqnr"] > 30
+    assert "0.layer.weight" in new.state_dict()
+    assert not any("forward" in name for name, _ in new.named_modules())
+
+
 def test_a_plan_becomes_the_technique() -> None:
     plan = BitPlan((("0.weight", Int(4)), ("2.weight", None)), 1.0, 2.0, 0.0)
     technique = MixedQuantize.of(plan, activation=Int(8), embedding=({"e.weight": None}, Int(8)))

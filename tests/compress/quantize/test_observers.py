@@ -11,8 +11,8 @@ from hasten.compress.quantize import (
     MovingAverage,
     Mse,
     Observer,
-    PerChannel,
     Percentile,
+    PerChannel,
     PerGroup,
     Watch,
 )

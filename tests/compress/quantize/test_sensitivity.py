@@ -72,7 +72,7 @@ def test_knobs_that_contradict_each_other() -> None:
         HessianSpectrum(portions=10, fraction=0.5)
     with pytest.raises(ConfigurationError, match="iterations"):
         HessianSpectrum(iterations=1)
-    for wrong in ({"pairs": "some"}, {"own": "guess"}, {"probes": 1}, {"bits": (4, 8)}):
+    for wrong in ({"pairs": "some"}, {"own": "guess"}, {"probes": 1}, {"probes": 0, "own": "trace"}, {"bits": (4, 8)}):
         with pytest.raises(ConfigurationError):
             AugmentedHessian(**wrong)  # type: ignore[arg-type]
 
@@ -110,7 +110,7 @@ def quadratic_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_pairs_and_sum_are_exact_on_a_quadratic(own: Any) -> None:
     model = Quadratic(6, 5, seed=1)
     method = AugmentedHessian(
-        pairs="all", bits=(8, 3), own=own, weight=Int(8, PerTensor()), activation=None, epsilon=0.0
+        pairs="all", bits=(8, 3), own=own, weight=Int(8, PerTensor()), activation=None, epsilon=0.0, probes=4
     )
     found = method(model, quadratic_loss, [torch.zeros(1)])
     assert [len(u) for u in found.units] == [1] * 6
@@ -142,6 +142,12 @@ def test_traces_carry_their_error_and_orders_are_permutations() -> None:
     found = AugmentedHessian(probes=16, bits=(8, 2))(model, cross_entropy, batches)
     assert not model[0].weight.requires_grad
     assert all(t.standard_error > 0 for t in found.traces.values())
+    assert found.own == found.single
+    traced = AugmentedHessian(probes=16, bits=(8, 2), own="trace")(model, cross_entropy, batches)
+    assert traced.own == traced.hessian == found.hessian
+    assert found.predict([2, 0], augmented=False, base="hessian") == pytest.approx(found.hessian[2][0])
+    with pytest.raises(ConfigurationError, match="probes above 0"):
+        AugmentedHessian(probes=0, bits=(2,))(model, cross_entropy, batches).order(2, "hessian")
     for kind in ("augmented", "hessian", "reversed", "random"):
         assert sorted(found.order(2, kind)) == [0, 1]
     assert found.order(2, "reversed") == found.order(2)[::-1]

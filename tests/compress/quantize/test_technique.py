@@ -19,8 +19,8 @@ from hasten.compress.quantize import (
     KMeans,
     MiniFloat,
     Mse,
-    PerChannel,
     Percentile,
+    PerChannel,
     PerGroup,
     PerToken,
     Quantize,
@@ -30,7 +30,7 @@ from hasten.compress.quantize.layers import Simulated
 from hasten.errors import ConfigurationError
 from hasten.testing import TechniqueKit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_times")
 
 
 class TestBytes(TechniqueKit):
@@ -165,12 +165,21 @@ def test_layers_that_run_twice() -> None:
         (lambda: Quantize(Int(8), Int(8))(nn.Linear(4, 4)), "need calibration"),
         (lambda: Quantize(Int(8))(nn.ReLU()), "nothing to quantise"),
         (lambda: Quantize(Int(8), layers=("x*",))(nn.Sequential(nn.Linear(4, 4))), r"no layer is called 'x\*'"),
-        (lambda: Quantize(Int(4, PerGroup(1, 32)), strict=True)(nn.Sequential(nn.Linear(40, 4))), "layer '0': groups of 32"),
+        (
+            lambda: Quantize(Int(4, PerGroup(1, 32)), strict=True)(nn.Sequential(nn.Linear(40, 4))),
+            "layer '0': groups of 32",
+        ),
         (lambda: Recipe.from_yaml("version: 1\ntechniques: [{technique: quantize, weight: {kind: Int9}}]"), "no kind"),
-        (lambda: Recipe.from_yaml("version: 1\ntechniques: [{technique: quantize, weight: {kind: Int, b: 1}}]"), "field b"),
-        (lambda: Recipe.from_yaml("version: 1\ntechniques: [{technique: quantize, weight: {kind: MiniFloat}}]"), "MiniFloat"),
+        (
+            lambda: Recipe.from_yaml("version: 1\ntechniques: [{technique: quantize, weight: {kind: Int, b: 1}}]"),
+            "field b",
+        ),
+        (
+            lambda: Recipe.from_yaml("version: 1\ntechniques: [{technique: quantize, weight: {kind: MiniFloat}}]"),
+            "MiniFloat",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_are_one_line(make: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         make()
@@ -187,7 +196,9 @@ def test_nan_weights_are_named() -> None:
 
 
 def test_recipes_are_plain_mappings() -> None:
-    technique = Quantize(Int(4, PerGroup(1, 64), observer=Mse(norm=2.4)), None, [Equalise(), Gptq(damp=0.1)], skip=("head",))
+    technique = Quantize(
+        Int(4, PerGroup(1, 64), observer=Mse(norm=2.4)), None, [Equalise(), Gptq(damp=0.1)], skip=("head",)
+    )
     text = Recipe((technique,)).to_yaml()
     assert "kind: Gptq" in text
     assert "python" not in text

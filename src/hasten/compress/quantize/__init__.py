@@ -24,6 +24,7 @@ from hasten.compress.quantize.formats import (
 )
 from hasten.compress.quantize.gptq import gptq, hessian_of
 from hasten.compress.quantize.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from hasten.compress.quantize.layers import ActivationQuantizer, IntegerLinear, QuantizedLayer, Simulated
 from hasten.compress.quantize.observers import (
     Entropy,
     LsqInit,
@@ -41,6 +42,7 @@ from hasten.compress.quantize.store import load, save
 from hasten.compress.quantize.technique import SCHEMES, Quantize
 
 __all__ = [
+    "ActivationQuantizer",
     "BiasCorrection",
     "Binary",
     "BinaryCode",
@@ -56,6 +58,7 @@ __all__ = [
     "Gptq",
     "Granularity",
     "Int",
+    "IntegerLinear",
     "KMeans",
     "LearnedRounding",
     "LsqInit",
@@ -76,7 +79,9 @@ __all__ = [
     "Quantize",
     "QuantizeAware",
     "Quantized",
+    "QuantizedLayer",
     "SCHEMES",
+    "Simulated",
     "SmoothQuant",
     "Ternary",
     "Watch",

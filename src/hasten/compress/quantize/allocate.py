@@ -125,7 +125,9 @@ class MixedPrecision:
             kind = "time" if self.budget.rstrip().endswith("s") else "bytes"
             value = parse_quantity(self.budget, kind)
         if not value > 0:
-            raise ConfigurationError(f"a budget of {self.budget} is nothing; give a positive number of bytes or seconds")
+            raise ConfigurationError(
+                f"a budget of {self.budget} is nothing; give a positive number of bytes or seconds"
+            )
         return value, kind
 
     def solve(
@@ -161,10 +163,10 @@ class MixedPrecision:
             item for options, k in zip(table.formats, chosen, strict=True) for item in options[self.bits[k]].items()
         ]
         before = sum(p.numel() * p.element_size() for block in table.blocks for p in block.values())
-        pick = lambda rows: sum(row[k] for row, k in zip(rows, chosen, strict=True))  # noqa: E731
         return BitPlan(
-            tuple(formats), pick(table.bytes), before, pick(table.losses), pick(table.costs) if latency else None
-        )
+            tuple(formats), _picked(table.bytes, chosen), before, _picked(table.losses, chosen),
+            _picked(table.costs, chosen) if latency else None,
+        )  # fmt: skip
 
     def _format(self, path: str, bits: int, groups: Mapping[str, RowGroups]) -> Format | None:
         if bits == 16:
@@ -208,6 +210,10 @@ class MixedPrecision:
         return table
 
 
+def _picked(rows: list[list[float]], chosen: tuple[int, ...]) -> float:
+    return sum(row[k] for row, k in zip(rows, chosen, strict=True))
+
+
 def _omega(sensitivity: Spectrum | UnitScores, index: int) -> float:
     if isinstance(sensitivity, Spectrum):
         return sensitivity.layers[index].omega
@@ -218,7 +224,9 @@ def _score(sensitivity: Any, index: int, bits: int) -> float:
     if bits == 16:
         return 0.0
     if bits not in sensitivity.scores:
-        raise ConfigurationError(f"no scores at {bits} bits were measured; measure at {sensitivity.bits} or add it there")
+        raise ConfigurationError(
+            f"no scores at {bits} bits were measured; measure at {sensitivity.bits} or add it there"
+        )
     return float(sensitivity.scores[bits][index])
 
 

@@ -1,10 +1,10 @@
 """Sensitivity of layers with what they do to each other: a Hessian term per layer plus measured pairs.
 
-    s_i(b) = max(h_i(b), ε) + Σ_j w_ij Ω_ij(b),   h_i = ½ (tr H_i / n_i) ‖ΔW_i(b)‖²,
-    Ω_ij = L({i, j}) − L({i}) − L({j}) + L(∅)
+    s_i(b) = max(m_i(b), ε) + Σ_j w_ij Ω_ij(b),   Ω_ij = L({i, j}) − L({i}) − L({j}) + L(∅)
 
-with L(S) the loss when the units S are in b bits. On a quadratic loss Ω_ij is ΔW_iᵀ H_ij ΔW_j exactly. With w_ij = ½
-over all pairs, Σ s_i estimates the loss added by quantising everything; negative pairs (errors that cancel) stay.
+with L(S) the loss when the units S are in b bits and m_i = L({i}) − L(∅), or h_i = ½ (tr H_i / n_i) ‖ΔW_i(b)‖². On a
+quadratic loss Ω_ij is ΔW_iᵀ H_ij ΔW_j exactly. With w_ij = ½ over all pairs, Σ s_i estimates the loss added by
+quantising everything; negative pairs (errors that cancel) stay.
 
 "Augmenting Hessians with Inter-Layer Dependencies for Mixed-Precision Post-Training Quantization", Schaefer et al.
 2023, arXiv:2306.04879. Differs from the paper, whose formula we could not read, in how pairs are measured and weighted.
@@ -47,13 +47,15 @@ class UnitScores:
     bits: tuple[int, ...]
     """widths, high to low"""
     own: Mapping[int, tuple[float, ...]]
-    """width -> each unit's own term h, before ε"""
+    """width -> each unit's own term, before ε"""
     pairs: Mapping[int, Mapping[tuple[int, int], float]]
     """width -> (i, j) -> Ω_ij, i < j; only the pairs that were measured"""
     scores: Mapping[int, tuple[float, ...]]
     """width -> each unit's s"""
     single: Mapping[int, tuple[float, ...]]
     """width -> L({i}) − L(∅), where pairs or ``own='measured'`` needed it; empty otherwise"""
+    hessian: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """width -> each unit's Hessian term h, of its weights alone; empty with ``probes=0``"""
     traces: Mapping[str, Trace] = field(default_factory=dict)
     """layer -> its trace with standard error; empty where none was needed"""
     loss: float = math.nan
@@ -64,25 +66,30 @@ class UnitScores:
     """the model whose layers switch width, for a search that goes on from here"""
 
     def order(self, bits: int, kind: str = "augmented", seed: int = 0) -> tuple[int, ...]:
-        """Units, least sensitive first: by ``augmented``, ``hessian`` (own terms), ``reversed`` or ``random``."""
+        """Units, least sensitive first: by ``augmented``, ``hessian`` (h alone), ``reversed`` or ``random``."""
         count = len(self.units)
         if kind == "random":
             generator = torch.Generator().manual_seed(seed)
             return tuple(torch.randperm(count, generator=generator).tolist())
         if kind not in ("augmented", "hessian", "reversed"):
             raise ConfigurationError(f"no order {kind!r} is known; give augmented, hessian, reversed or random")
-        values = self.own[bits] if kind == "hessian" else self.scores[bits]
+        if kind == "hessian" and bits not in self.hessian:
+            raise ConfigurationError("no Hessian terms were measured; give probes above 0")
+        values = self.hessian[bits] if kind == "hessian" else self.scores[bits]
         found = sorted(range(count), key=lambda i: (values[i], i))
         return tuple(reversed(found) if kind == "reversed" else found)
 
-    def predict(self, widths: Sequence[int], *, augmented: bool = True) -> float:
-        """Loss added by a configuration (a width per unit, 0 for float), from own terms and measured pairs.
+    def predict(
+        self, widths: Sequence[int], *, augmented: bool = True, base: Literal["own", "hessian"] = "own"
+    ) -> float:
+        """Loss added by a configuration (a width per unit, 0 for float), from terms per unit and measured pairs.
 
-        A pair of different widths is interpolated by the geometric mean of its two values where their signs agree, else
-        by their mean.
+        ``augmented=False`` leaves the pairs out; ``base`` says which terms per unit count. A pair of different widths
+        is interpolated by the geometric mean of its two values where their signs agree, else by their mean.
         """
+        terms = self.own if base == "own" else self.hessian
         chosen = [i for i, w in enumerate(widths) if w]
-        total = sum(self.own[widths[i]][i] for i in chosen)
+        total = sum(terms[widths[i]][i] for i in chosen)
         if not augmented:
             return total
         for i, j in itertools.combinations(chosen, 2):
@@ -109,15 +116,16 @@ class AugmentedHessian:
     """
 
     probes: int = 64
-    """Hutchinson probes; one set serves all layers"""
+    """Hutchinson probes; one set serves all layers; 0: no Hessian terms"""
     pairs: Pairs = "adjacent"
     """which pairs are measured: within a block and between consecutive blocks, all, ``sampled`` partners, none"""
     sampled: int = 4
     """random partners of each unit, where ``pairs='sampled'``"""
     bits: tuple[int, ...] = (8, 4)
     """widths of weights and inputs, high to low; above them is the float model"""
-    own: Own = "trace"
-    """own term of a layer: from the trace, exactly quadratic in its change (one product), or its measured loss"""
+    own: Own = "measured"
+    """own term of a unit: its measured loss, which its inputs enter too; or the Hessian term of its weights, from the
+    trace or exactly quadratic in the change (one product)"""
     weight: Format = Int(8, PerChannel(0))
     """template of the weights' format"""
     activation: Format | None = Int(8, symmetric=False)
@@ -136,8 +144,12 @@ class AugmentedHessian:
             raise ConfigurationError(f"pairs {self.pairs!r} is not known; give all, adjacent, sampled or none")
         if self.own not in ("trace", "quadratic", "measured"):
             raise ConfigurationError(f"own {self.own!r} is not known; give trace, quadratic or measured")
-        if self.probes < 2 or self.sampled < 1:
-            raise ConfigurationError(f"probes ({self.probes}) must be 2 or more, sampled ({self.sampled}) 1 or more")
+        if self.probes == 1 or self.probes < 0 or self.sampled < 1:
+            raise ConfigurationError(
+                f"probes ({self.probes}) must be 2 or more, or 0 for none, sampled ({self.sampled}) 1 or more"
+            )
+        if self.probes == 0 and self.own == "trace":
+            raise ConfigurationError("own='trace' needs probes; give 64")
         if not self.bits or list(self.bits) != sorted(set(self.bits), reverse=True):
             raise ConfigurationError(f"bits {self.bits} must be different widths from high to low, such as (8, 4)")
 
@@ -167,7 +179,8 @@ class AugmentedHessian:
                 for i, j in wanted:
                     omega[b][i, j] = meter({i: b, j: b}) - empty - single[b][i] - single[b][j]
                     told(f"pairs at {b} bits", 0.5 * meter.evaluations / steps)
-        traces, own = self._own(model, loss, calibration, units, simulated, single, told)
+        traces, hessian = self._hessian(model, loss, calibration, units, simulated, told)
+        own = single if self.own == "measured" else hessian
         partners = {i: sum(i in pair for pair in wanted) for i in range(len(units))}
         scores = {}
         for b in self.bits:
@@ -178,7 +191,7 @@ class AugmentedHessian:
             scores[b] = tuple(values)
         told("sensitivity", 1.0)
         return UnitScores(
-            tuple(units), self.bits, own, omega, scores, single, traces, empty, meter.evaluations, simulated
+            tuple(units), self.bits, own, omega, scores, single, hessian, traces, empty, meter.evaluations, simulated
         )
 
     def _weight(self, partners: int, units: int) -> float:
@@ -204,26 +217,26 @@ class AugmentedHessian:
         place = {b: k for k, b in enumerate(dict.fromkeys(blocks))}
         return [(i, j) for i, j in everyone if abs(place[blocks[i]] - place[blocks[j]]) <= 1]
 
-    def _own(
+    def _hessian(
         self, model: nn.Module, loss: Loss, calibration: Sequence[Any], units: Sequence[tuple[str, ...]],
-        simulated: Simulated, single: Mapping[int, tuple[float, ...]], told: Callable[[str, float], None],
+        simulated: Simulated, told: Callable[[str, float], None],
     ) -> tuple[dict[str, Trace], dict[int, tuple[float, ...]]]:  # fmt: skip
-        if self.own == "measured":
-            return {}, {b: single[b] for b in self.bits}
+        if not self.probes and self.own != "quadratic":
+            return {}, {}
         model = copy.deepcopy(model).requires_grad_(True)
         layers = layers_of(model, self.skip)
         hessian = Hessian(model, loss, calibration, {p: [layer.weight] for p, layer in layers.items()})  # type: ignore[list-item]
         require_exact(hessian, next(iter(layers)))
         traces: dict[str, Trace] = {}
         per_layer: dict[int, dict[str, float]] = {b: {} for b in self.bits}
-        if self.own == "trace":
+        if self.own != "quadratic":
             traces = block_traces(
                 hessian, probes=self.probes, seed=self.seed, progress=lambda s, x: told(s, 0.5 + 0.5 * x)
             )
         for path in layers:
             for b in self.bits:
                 change = simulated.change(path, b)
-                if self.own == "trace":
+                if self.own != "quadratic":
                     size = float(change.double().square().sum())
                     per_layer[b][path] = 0.5 * traces[path].value / change.numel() * size
                 else:

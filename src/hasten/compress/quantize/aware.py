@@ -24,7 +24,7 @@ from hasten.compress.quantize.fold import fold_batch_norm
 from hasten.compress.quantize.granularity import PerChannel
 from hasten.compress.quantize.integer import Int
 from hasten.compress.quantize.layers import ActivationQuantizer, Simulated, activation_format, convolve, describe
-from hasten.compress.quantize.observers import LsqInit
+from hasten.compress.quantize.observers import MinMax, Mse
 from hasten.compress.quantize.passes import Calibration
 from hasten.compress.quantize.quantizers import learned_step, pact, straight_through
 from hasten.compress.quantize.steps import Work
@@ -59,28 +59,48 @@ class TrainedLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self.format, self.activation, self.method = weight, activation, method
         self.zero: Tensor | None = None
-        self.step: nn.Parameter | None = None
+        # What is learned is a factor on the first step: Adam moves every parameter alike, and steps are small.
+        self.start: Tensor | None = None
+        self.factor: nn.Parameter | None = None
         if weight is not None and not isinstance(weight, _Learned):
-            scale, zero = weight.find(self.weight)
-            if method != "ste" and isinstance(weight, Int) and weight.symmetric:
-                scale, zero = cast(Any, replace(weight, observer=LsqInit())).find(self.weight)
-            self.step = nn.Parameter(scale.clone(), requires_grad=method != "ste")
+            start = weight
+            if method != "ste" and isinstance(weight.observer, MinMax):
+                # A learned step starts at the least error; the extremes would be far off in few bits.
+                start = cast(Format, replace(cast(Any, weight), observer=Mse()))
+            scale, zero = start.find(self.weight)
+            self.start = scale.clone()
+            self.factor = nn.Parameter(torch.ones_like(scale), requires_grad=method != "ste")
             self.zero = zero
-        self.input_step: nn.Parameter | None = None
+        self.input_start: Tensor | None = None
+        self.input_factor: nn.Parameter | None = None
         self.input_zero: Tensor | None = None
         if activation is not None and not activation.at_each_call and limits is not None:
             scale, zero = limits
             if method == "pact":
                 assert isinstance(activation, Int)
                 scale = scale.reshape(()) * (activation.highest - activation.lowest)  # the clip
-            self.input_step = nn.Parameter(scale.clone())
+            self.input_start = scale.clone()
+            self.input_factor = nn.Parameter(torch.ones_like(scale))
             self.input_zero = zero
+
+    @property
+    def step(self) -> Tensor | None:
+        """Learned steps of the weight, compact; None where they are found anew."""
+        return None if self.start is None or self.factor is None else self.start * self.factor.abs()
+
+    @property
+    def input_step(self) -> Tensor | None:
+        """Learned step (or clip) of static inputs."""
+        if self.input_start is None or self.input_factor is None:
+            return None
+        return self.input_start * self.input_factor.abs()
 
     def rounded(self) -> Tensor:
         """The weight (out, in) on the grid, with gradients."""
         if self.format is None:
             return self.weight
-        if self.step is None:
+        step = self.step
+        if step is None:
             return self.weight + (self.format.fake(self.weight) - self.weight).detach()
         if self.method == "ste":
             scale, zero = self.format.find(self.weight)
@@ -88,18 +108,19 @@ class TrainedLayer(nn.Module):
             return straight_through(
                 self.weight, self.format, self.format.spread(scale, shape), self.format.spread(zero, shape)
             )
-        return learned_step(self.weight, self.format, self.step, self.zero)
+        return learned_step(self.weight, self.format, step, self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that it replaces."""
         if self.activation is not None:
-            if self.input_step is None:
+            step = self.input_step
+            if step is None:
                 x = x + (self.activation.fake(x) - x).detach()
             elif self.method == "pact":
                 assert isinstance(self.activation, Int)
-                x = pact(x, self.input_step, self.activation.bits)
+                x = pact(x, step, self.activation.bits)
             else:
-                x = learned_step(x, self.activation, self.input_step, self.input_zero)
+                x = learned_step(x, self.activation, step, self.input_zero)
         return convolve(x, self.rounded().view(self.layer["shape"]), self.bias, self.layer)
 
     def finished(self) -> Simulated:
@@ -107,14 +128,15 @@ class TrainedLayer(nn.Module):
         fmt = self.format if self.format is not None else Int(16, PerChannel(0))
         weight = self.weight.detach()
         scale, zero = (None, None)
-        if self.step is not None and self.method != "ste":
-            scale, zero = self.step.detach().abs().clamp(min=1e-12), self.zero
+        step, limit = self.step, self.input_step
+        if step is not None and self.method != "ste":
+            scale, zero = step.detach().clamp(min=1e-12), self.zero
         quantized = fmt.quantize(weight, scale, zero)
         activation = None
         if self.activation is not None:
             kept, offset = None, None
-            if self.input_step is not None:
-                kept, offset = self.input_step.detach().abs().clamp(min=1e-12), self.input_zero
+            if limit is not None:
+                kept, offset = limit.detach().clamp(min=1e-12), self.input_zero
                 if self.method == "pact":
                     assert isinstance(self.activation, Int)
                     kept = kept / (self.activation.highest - self.activation.lowest)
@@ -257,7 +279,7 @@ class QuantizeAware:
         result: Tensor = call(model, inputs)
         if teacher is not None:
             with torch.no_grad():
-                goal = call(teacher, inputs)
+                goal: Tensor = call(teacher, inputs)
             # The squared error of the outputs in units of their power: no temperature, any kind of output.
             return functional.mse_loss(result.float(), goal.float()) / goal.float().square().mean().clamp(min=1e-12)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -266,8 +288,8 @@ class QuantizeAware:
             )
         if self.loss == "mse":
             return functional.mse_loss(result.float(), batch[1].float())
-        loss: Tensor = functional.cross_entropy(result.flatten(0, -2).float(), batch[1].flatten())
-        return loss
+        entropy: Tensor = functional.cross_entropy(result.flatten(0, -2).float(), batch[1].flatten())
+        return entropy
 
 
 def _inputs(batch: Any) -> Any:

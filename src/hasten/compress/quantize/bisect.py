@@ -171,7 +171,7 @@ class BisectPrecision:
         inputs = tuple((p, form) for p, w in layers.items() if w and (form := simulated.input_format(p, w)) is not None)
         tried = search.tried[tuple(widths)]
         whole = [(f"{p}.weight", simulated.weight_format(w) if w else None) for p, w in layers.items()]
-        before = sum(4.0 * layer.weight.numel() for layer in simulated.layers.values())
+        before = sum(simulated.bytes(p, 0) * 2 for p in simulated.layers)
         predicted = self.scores.predict(widths) if any(widths) else 0.0
         plan = BitPlan(tuple(whole), tried.bytes, before, predicted, tried.latency)
         notes = list(search.notes)

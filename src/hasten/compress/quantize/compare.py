@@ -97,6 +97,7 @@ def compare(
 
     ``layers`` names what is compared; the quantised layers of ``small`` where not given. Neither model is changed.
 
+    >>> import torch
     >>> from hasten.compress.quantize import Quantize
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> result = compare(net, Quantize.scheme("W8A16")(net), [torch.randn(8, 64)])

@@ -125,7 +125,9 @@ class Hessian:
             raise ConfigurationError("no parameter was named; give blocks of parameters that require a gradient")
         for name, parameters in blocks.items():
             if not all(p.requires_grad for p in parameters):
-                raise ConfigurationError(f"a parameter of {name!r} is frozen; leave it out or let it require a gradient")
+                raise ConfigurationError(
+                    f"a parameter of {name!r} is frozen; leave it out or let it require a gradient"
+                )
         self.model, self.loss, self.batches, self.hold = model, loss, list(batches), hold
         self.blocks = {name: list(parameters) for name, parameters in blocks.items()}
         rows = [max(_rows(b), 1) for b in self.batches]
@@ -154,6 +156,26 @@ class Hessian:
         found = torch.autograd.grad(value, unique, create_graph=True, allow_unused=True)
         by_id = {id(p): g for p, g in zip(unique, found, strict=True)}
         return {name: [by_id[id(p)] for p in parameters] for name, parameters in self.blocks.items()}
+
+    def own_operators(self) -> tuple[str, ...]:
+        """Names of operators written in Python that the loss runs through.
+
+        torch's own are differentiated twice or raise; what these hide shows in :meth:`verify` only.
+        """
+        with _still(self.model):
+            value = self.loss(self.model, self.batches[0])
+        seen: set[Any] = set()
+        names: dict[str, None] = {}
+        stack = [value.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                names[type(node).__name__.removesuffix("Backward")] = None
+            stack += [n for n, _ in node.next_functions]
+        return tuple(names)
 
     def verify(self, block: str, *, step: float = 1e-2, seed: int = 0) -> float:
         """Relative difference of a product to the change of the gradient along the same vector.
@@ -240,9 +262,7 @@ class Hessian:
                         f"the loss cannot be differentiated twice in {', '.join(names)} "
                         f"({str(error).splitlines()[0][:120]}); use plain torch operations there"
                     ) from error
-                parts = [
-                    torch.zeros_like(p) if h is None else h.detach() for p, h in zip(targets, found, strict=True)
-                ]
+                parts = [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(targets, found, strict=True)]
                 total = (
                     [share * h for h in parts]
                     if total is None
@@ -295,9 +315,7 @@ def power_iteration(
     return value, iterations
 
 
-def lanczos(
-    hessian: Hessian, block: str, *, tolerance: float = 1e-3, steps: int = 60, seed: int = 0
-) -> Ends:
+def lanczos(hessian: Hessian, block: str, *, tolerance: float = 1e-3, steps: int = 60, seed: int = 0) -> Ends:
     """Both ends of the spectrum of a block, with full reorthogonalisation in float64.
 
     Ends when the residuals of both are within ``tolerance`` of the larger end's magnitude, or after ``steps`` products.

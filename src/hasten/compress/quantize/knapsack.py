@@ -89,9 +89,7 @@ def _complete(items: Sequence[_Item], budget: float) -> tuple[float, list[int]]:
     return sum(float(i.loss[o]) for i, o in zip(items, chosen, strict=True)), chosen
 
 
-def allocate(
-    losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
-) -> tuple[int, ...]:
+def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
     """The option of each item with the least total loss among those whose total cost is within ``budget``.
 
     Exact, whatever the numbers: losses may be negative, items may have different numbers of options. Raises

@@ -19,8 +19,7 @@ from torch.nn.utils import parametrize
 from hasten.compress.precision import _loss as output_loss
 from hasten.compress.quantize.allocate import BitPlan
 from hasten.compress.quantize.base import Format, Quantized
-from hasten.compress.quantize.integer import Int
-from hasten.compress.quantize.observers import MovingAverage, Watch
+from hasten.compress.quantize.observers import Watch
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import call
@@ -47,6 +46,7 @@ class _RoundedWeight(nn.Module):
 class RoundedInput(nn.Module):
     """A layer whose first input is rounded; the range is observed in training mode and fixed in eval mode.
 
+    >>> from hasten.compress.quantize import Int, MovingAverage
     >>> layer = RoundedInput(nn.Linear(2, 2), Int(8, observer=MovingAverage(0.1)))
     >>> _ = layer(torch.tensor([[1.0, -1.0]]))
     >>> layer.eval()(torch.zeros(1, 2)).shape
@@ -60,6 +60,8 @@ class RoundedInput(nn.Module):
         super().__init__()
         self.layer, self.form = layer, form
         self._watch: Watch | None = form.watch()
+        self.calibrating = False
+        """observe and round nothing"""
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero", None)
 
@@ -77,6 +79,9 @@ class RoundedInput(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         """The layer on the rounded input."""
+        if self.calibrating:
+            self.observe(x)
+            return self.layer(x, *rest, **named)
         if self.training:
             self.observe(x)
             rounded = straight_through(x, self.form.fake(x.detach(), self.scale, self.zero))
@@ -90,6 +95,7 @@ class RoundedInput(nn.Module):
 class MixedQuantize:
     """Put weights into the formats of a plan.
 
+    >>> from hasten.compress.quantize import Int
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     >>> small = MixedQuantize((("0.weight", Int(2)), ("2.weight", Int(4))))(model)
     >>> len(small[0].weight.unique()) <= 3, small.report.bytes_before, small.report.bytes_after
@@ -169,11 +175,11 @@ class MixedQuantize:
             fit(clone, batches, loss, epochs=self.epochs, rate=self.rate, seed=self.seed, progress=progress)
         codes: dict[str, Quantized] = {}
         for path, form in self.formats:
-            owner, leaf = _inner(clone, path)
-            found = form.quantize(getattr(owner.parametrizations, leaf).original.detach())
-            parametrize.remove_parametrizations(owner, leaf)
+            holder, leaf = _inner(clone, path)
+            found = form.quantize(getattr(holder.parametrizations, leaf).original.detach())
+            parametrize.remove_parametrizations(holder, leaf)
             with torch.no_grad():
-                getattr(owner, leaf).copy_(found.dequantize())
+                getattr(holder, leaf).copy_(found.dequantize())
             codes[path] = found
         for module, training in modes:
             module.training = training
@@ -187,7 +193,9 @@ class MixedQuantize:
         if listed and loss is None:
             measured["sqnr"] = output_loss(model, clone, listed)
         widths = sorted({f.bits for _, f in self.formats})
-        notes = [f"{len(reports)} weights in {', '.join(map(str, widths)) or 'no'} bits, {len(self.inputs)} inputs rounded"]
+        notes = [
+            f"{len(reports)} weights in {', '.join(map(str, widths)) or 'no'} bits, {len(self.inputs)} inputs rounded"
+        ]
         names = {id(p): n for n, p in clone.named_parameters()}
         clone.quantized = {  # type: ignore[assignment]
             names[id(getattr(*_inner(clone, path)))]: found for path, found in codes.items()
@@ -211,16 +219,14 @@ class MixedQuantize:
     def _observe(self, clone: nn.Module, batches: Sequence[Any], loss: Callable[..., Any] | None) -> None:
         """Ranges of the inputs, of the float model: nothing is rounded meanwhile."""
         wrapped = [m for m in clone.modules() if isinstance(m, RoundedInput)]
-        hooks = [m.layer.register_forward_pre_hook(lambda _, args, m=m: m.observe(args[0])) for m in wrapped]
         for m in wrapped:
-            m.forward = m.layer  # type: ignore[method-assign,assignment]
+            m.calibrating = True
         clone.eval()
         with torch.no_grad():
             for batch in batches:
                 loss(clone, batch) if loss is not None else call(clone, batch)
-        for hook, m in zip(hooks, wrapped, strict=True):
-            hook.remove()
-            del m.forward
+        for m in wrapped:
+            m.calibrating = False
 
 
 def wrap_input(model: nn.Module, path: str, form: Format) -> nn.Module:
@@ -240,4 +246,4 @@ def _inner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     for part in owner.split(".") if owner else []:
         module = module.layer if isinstance(module, RoundedInput) else module
         module = module.get_submodule(part)
-    return (module.layer if isinstance(module, RoundedInput) else module), leaf  # type: ignore[return-value]
+    return (module.layer if isinstance(module, RoundedInput) else module), leaf

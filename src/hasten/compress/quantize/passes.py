@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.quantize.chain import BlockChain
 from hasten.compress.quantize.layers import _reach, describe, is_convolution
 from hasten.errors import DataError
 from hasten.measure.counting import call
@@ -64,6 +65,7 @@ class Calibration:
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         self.inputs = list(inputs)
+        self._chain: BlockChain | None = None
         if not self.inputs:
             raise DataError("the calibration holds no input; give at least one batch")
 
@@ -136,8 +138,23 @@ class Calibration:
                 survey.groups.append([path])
         return survey
 
+    @contextmanager
+    def in_order(self, model: nn.Module) -> Iterator[None]:
+        """Inside, layers of ``model`` change in the order in which they run; lower blocks then need no second run."""
+        self._chain = BlockChain(model, len(self.inputs), lambda m, index: self.run(m, self.inputs[index], index))
+        try:
+            yield
+        finally:
+            self._chain = None
+
     def inputs_of(self, model: nn.Module, path: str, calls: int = 1) -> Iterator[Tensor]:
         """Inputs of the layer, one for each batch and call; the model stops when they are there."""
+        if self._chain is not None and calls == 1:
+            with evaluating(model):
+                inside = self._chain.inputs_of(path)
+                if inside is not None:
+                    yield from inside
+                    return
         for index, example in enumerate(self.inputs):
             caught: list[Tensor] = []
 

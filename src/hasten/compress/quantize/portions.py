@@ -48,11 +48,11 @@ def portions(batches: Sequence[Any], count: int, fraction: float, seed: int) -> 
     each = max(1, int(fraction * total + 1e-9))
     if each * count > total:
         raise DataError(f"{total} samples cannot be cut into {count} portions; give more data or fewer portions")
-    order = torch.randperm(total, generator=generator)
     starts = torch.tensor([0, *sizes]).cumsum(0)
     result = []
+    places = torch.randperm(total, generator=generator)
     for k in range(count):
-        drawn = order[k * each : (k + 1) * each].sort().values
+        drawn = places[k * each : (k + 1) * each].sort().values
         pieces = []
         for index, batch in enumerate(batches):
             rows = drawn[(drawn >= starts[index]) & (drawn < starts[index + 1])] - starts[index]

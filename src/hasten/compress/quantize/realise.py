@@ -38,10 +38,11 @@ class KernelLinear(QuantizedLayer):
     torch.Size([1, 32])
     """
 
-    def __init__(self, weight: Quantized, bias: Tensor | None, name: str) -> None:
+    def __init__(self, weight: Quantized, bias: Tensor | None, name: str, inputs: Format | None = None) -> None:
         super().__init__()
         self.format = weight.format
         self.activation = None
+        self.inputs = inputs  # what was asked for; the kernel rounds inputs itself, as its name says
         self.inner = PackedLinear(_lay_out(weight, name), bias, name)
         self.kernel_name = name
 
@@ -188,7 +189,7 @@ def realise(layer: Simulated, name: str) -> QuantizedLayer:
         assert isinstance(layer.activation, ActivationQuantizer)
         made = IntegerLinear(weight, bias, layer.activation)
     else:
-        made = KernelLinear(weight, bias, name)
+        made = KernelLinear(weight, bias, name, layer.activation.format if layer.activation is not None else None)
     return made.train(layer.training)
 
 

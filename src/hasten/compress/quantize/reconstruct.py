@@ -57,16 +57,16 @@ class BlockReconstruction(Step):
     """patterns of the blocks' paths; empty: the members of the first list of modules with several layers each"""
     iterations: int = 500
     """steps of Adam for each block"""
-    rate: float = 1e-2
+    rate: float = 3e-2
     """its rate"""
-    strength: float = 0.05
+    strength: float = 0.3
     """of the term that closes open roundings, against the block's relative error before"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.iterations < 1 or self.rate <= 0:
             raise ConfigurationError(
-                f"{self.iterations} iterations at rate {self.rate} learn nothing; give 500 and 0.01"
+                f"{self.iterations} iterations at rate {self.rate} learn nothing; give 500 and 0.03"
             )
 
     def finish(self, work: Work, original: nn.Module) -> None:

@@ -4,9 +4,9 @@ Learned rounding moves each weight between the two grid values around it: ``w̃ 
 ``h(V) = clip(1.2 σ(V) - 0.1, 0, 1)``; the layer's squared error (exact, from ``H = 2 Σ x xᵀ``) plus
 ``λ Σ (1 - |2h - 1|^β)``, β falling. Up - down is the local step, so floats work as integers do.
 
-"Up or Down? Adaptive Rounding for Post-Training Quantization" https://arxiv.org/abs/2004.10568
-Differs from the paper in: the error is the whole calibration's, not that of a batch; the activation behind is not seen; in
-the end single weights flip while that helps.
+"Up or Down? Adaptive Rounding for Post-Training Quantization" https://arxiv.org/abs/2004.10568 Differs from the paper
+in: the error is the whole calibration's, not that of a batch; the activation behind is not seen; in the end single
+weights flip while that helps.
 """
 
 from __future__ import annotations
@@ -147,15 +147,16 @@ def learn_rounding(
             loss.backward()
             optimiser.step()
     learned = torch.where(v.detach() >= 0, up, down)
-    candidates = [_polish(v, down, up, weight, h) for v in (learned, nearest, *([start] if start is not None else []))]
+    found = [learned, nearest] if start is None else [learned, nearest, start]
+    candidates = [_polish(v, down, up, weight, h) for v in found]
     return min(candidates, key=lambda values: float(error(values))).to(weight.dtype)
 
 
 def _polish(values: Tensor, down: Tensor, up: Tensor, weight: Tensor, hessian: Tensor, passes: int = 4) -> Tensor:
     """Single weights flipped to their other neighbour while that lowers the error: column by column, all rows at once.
 
-    A flip by δ changes a row's error by ``2 δ (e H)_c + δ² H_cc``. Values beyond the neighbours (GPTQ's) come back to them
-    where that helps. ``hessian`` (groups, in, in).
+    A flip by δ changes a row's error by ``2 δ (e H)_c + δ² H_cc``. Values beyond the neighbours (GPTQ's) come back to
+    them where that helps. ``hessian`` (groups, in, in).
     """
     groups, inner = len(hessian), weight.shape[1]
     # Inputs first, so that a column is contiguous: (groups, in, rows).
@@ -166,7 +167,8 @@ def _polish(values: Tensor, down: Tensor, up: Tensor, weight: Tensor, hessian: T
         flips = 0
         for column in range(inner):
             current = v[:, column]
-            other = torch.where((current - low[:, column]).abs() < (current - high[:, column]).abs(), high[:, column], low[:, column])
+            below, above = low[:, column], high[:, column]
+            other = torch.where((current - below).abs() < (current - above).abs(), above, below)
             delta = other - current
             gain = delta * (2 * slope[:, column] + delta * diagonal[:, column, None])
             delta = torch.where(gain < 0, delta, torch.zeros_like(delta))

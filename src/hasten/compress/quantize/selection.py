@@ -76,7 +76,7 @@ def heads_of(model: Any) -> int | None:
             return value
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
-            return module.num_heads
+            return int(module.num_heads)
         value = getattr(module, "num_heads", None)
         if isinstance(value, int):
             return value
@@ -101,7 +101,9 @@ class RowGroups(Granularity):
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.heads < 1:
-            raise ConfigurationError(f"a run of {self.size} outputs in {self.heads} heads holds nothing; give 1 or more")
+            raise ConfigurationError(
+                f"a run of {self.size} outputs in {self.heads} heads holds nothing; give 1 or more"
+            )
 
     def _cut(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(outputs of a part, runs of a part)."""

@@ -28,13 +28,13 @@ Params = tuple[Format, Tensor, Tensor | None]
 
 def with_bits(template: Format, bits: int) -> Format:
     """The same format with another number of bits."""
-    return replace(template, bits=bits)  # type: ignore[type-var,no-any-return]
+    return replace(template, bits=bits)  # type: ignore[type-var]
 
 
 def layers_of(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Linear layers and convolutions by path, but those whose path matches ``skip``."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {
+    found: dict[str, nn.Module] = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, kinds) and not any(fnmatchcase(path, s) for s in skip)
@@ -115,7 +115,9 @@ class Simulated:
         self.layers = layers_of(self.model, skip)
         self.bits = tuple(bits)
         self._weight, self._activation = weight, activation
-        self._float = {path: layer.weight.detach().clone() for path, layer in self.layers.items()}
+        self._float: dict[str, Tensor] = {
+            path: layer.get_parameter("weight").detach().clone() for path, layer in self.layers.items()
+        }
         self._rounded: dict[tuple[str, int], Tensor] = {}
         self._inputs: dict[tuple[str, int], Params] = {}
         self._active: dict[str, int] = dict.fromkeys(self.layers, 0)
@@ -171,7 +173,7 @@ class Simulated:
     def bytes(self, path: str, bits: int) -> float:
         """Of a layer's weight at a width; 0 stands for float, which counts 16 bits."""
         weight = self._float[path]
-        return weight.numel() * 2.0 if not bits else self.weight_format(bits).stored_bits(tuple(weight.shape)) / 8
+        return 2.0 * weight.numel() if not bits else self.weight_format(bits).stored_bits(tuple(weight.shape)) / 8
 
     def freeze(self, model: nn.Module, formats: Sequence[tuple[str, Format]], widths: Mapping[str, int]) -> nn.Module:
         """``model`` with these weight formats and the observed ranges of inputs, as a new module with a report."""

@@ -93,7 +93,7 @@ def _layer(path: str, module: QuantizedLayer, tensors: dict[str, Tensor]) -> dic
     return {
         "layer": told,
         "format": values.write(quantized.format),
-        "activation": None if activation is None else values.write(activation.format),
+        "activation": values.write(activation.format if activation is not None else getattr(module, "inputs", None)),
         "kernel": kernel,
     }
 

@@ -61,11 +61,7 @@ def targets(
             kept.append(LayerReport(path, "kept", "its weight is shared with another layer", size, size))
         elif bool((weight == weight.flatten()[0]).all()):
             only = float(weight.detach().flatten()[0])
-            kept.append(
-                LayerReport(
-                    path, "kept", f"all its weights are {only:g}: zero variance", size, size
-                )
-            )
+            kept.append(LayerReport(path, "kept", f"all its weights are {only:g}: zero variance", size, size))
         else:
             layers.append(path)
     _check_patterns(model, patterns, skip, considered)
@@ -100,8 +96,8 @@ def put(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
     if not path:
         return layer
     old = model.get_submodule(path)
-    for parent in model.modules():
-        for name, child in list(parent.named_children()):
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() tells a shared child once
             if child is old:
                 setattr(parent, name, layer)
     parent_path, _, leaf = path.rpartition(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -176,7 +177,8 @@ class Quantize:
             told("survey", 0.0)
             survey = data.survey(work.model, work.layers, lambda p, x: watches[p].update(x) if p in watches else None)
             self._note_scarce(work, survey)
-        reports = self._round_all(work, survey, watches)
+        with data.in_order(work.model) if data is not None else nullcontext():
+            reports = self._round_all(work, survey, watches)
         for step in self.steps:
             step.finish(work, model)
         reports = self._realise(work, reports, plan, clock)

@@ -19,7 +19,7 @@ from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
-__all__ = ["multiply", "pack", "panels", "unpack"]
+__all__ = ["multiply", "pack", "panels", "stretch", "unpack"]
 
 _SPAN = 512
 """Input pairs of a stretch (128 KiB of weights)."""
@@ -40,7 +40,7 @@ def _emit(builder: Any, rows: int, x: Any, x_stride: Any, weights: Any, pairs: A
 
 
 @intrinsic
-def _stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any, count: Any) -> Any:
+def stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any, count: Any) -> Any:
     """``count`` rows at address ``x`` times one stretch of a panel, added to ``sums`` (count, 64) float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -73,7 +73,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
         count = min(GROUP, rows - start)
         sums[:count] = 0
         for pair in range(0, pairs, _SPAN):
-            _stretch(x_base + start * x_stride + pair * 4, x_stride, base + (panel * pairs + pair) * PANEL * 4,
+            stretch(x_base + start * x_stride + pair * 4, x_stride, base + (panel * pairs + pair) * PANEL * 4,
                      min(_SPAN, pairs - pair), sums.ctypes.data, count)  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
         for row in range(count):

@@ -15,7 +15,7 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-from hasten.nn.product import bfloat16, int4, int8
+from hasten.nn.product import bfloat16, int4, int8, tiles
 from hasten.nn.product.activations import quantise_row
 from hasten.nn.product.blocks import PANEL
 
@@ -44,10 +44,10 @@ def array_at(address: Any, count: Any) -> Any:
 
 def describe(precision: str, packed: Any, bias: Any, out_features: int, in_features: int) -> Any:
     """The numbers of a matrix: (FIELDS,) int64. The arrays must outlive them."""
-    kind = {"bf16": BF16, "int8": INT8, "int4": INT4}[precision]
+    kind = {"bf16": BF16, "bf16-tiles": BF16, "int8": INT8, "int4": INT4}[precision]
     weights, scales = packed if kind == INT8 else (packed, None)
     at = [0 if a is None else a.ctypes.data for a in (weights, scales, bias)]
-    return np.array([kind, out_features, in_features, *at, _leaf(kind).address], np.int64)
+    return np.array([kind, out_features, in_features, *at, _leaf(precision).address], np.int64)
 
 
 @njit(cache=True)
@@ -88,6 +88,15 @@ def _bf16_leaf(
     bfloat16.panels(x, panels, array_at(bias, outs), carray(_pointer(out), (rows, outs), np.float32), first, last)
 
 
+def _bf16_tiles_leaf(
+    outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(_pointer(inputs), (5,), np.int64)
+    x = carray(_pointer(where[0]), (rows, ins), np.uint16)
+    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
+    tiles.panels(x, panels, array_at(bias, outs), carray(_pointer(out), (rows, outs), np.float32), first, last)
+
+
 def _int8_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
@@ -117,11 +126,12 @@ def _int4_leaf(
     int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
 
 
-@lru_cache(maxsize=3)
-def _leaf(kind: int) -> Any:
+@lru_cache(maxsize=4)
+def _leaf(precision: str) -> Any:
     """The compiled part of one precision. It is called through its address: code that contains a call of it is then
     compiled without it, and a precision that nobody uses is not compiled at all."""
-    return cfunc(_LEAF, cache=True, error_model="numpy")((_bf16_leaf, _int8_leaf, _int4_leaf)[kind])
+    leaves = {"bf16": _bf16_leaf, "bf16-tiles": _bf16_tiles_leaf, "int8": _int8_leaf, "int4": _int4_leaf}
+    return cfunc(_LEAF, cache=True, error_model="numpy")(leaves[precision])
 
 
 @intrinsic

@@ -1,0 +1,130 @@
+"""``hasten compress``: a language model as a folder in fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder of a language model, or the name of an embedded one.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="One format for all: W8A8, W8A16, W4A16, W4A8, W3A16, NF4, FP8, MXFP4 …"),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Share of the quality (inverse perplexity) to keep, such as 0.99.")
+    ] = None,
+    fastest: Annotated[
+        bool, typer.Option("--fastest", help="With --keep: a width for each layer, by measured times. The default.")
+    ] = True,
+    data: Annotated[
+        Path | None, typer.Option("--data", help='Text to calibrate and measure on: .jsonl with "text", or plain text.')
+    ] = None,
+    sequences: Annotated[int, typer.Option("--sequences", help="Pieces of the text that are used at most.")] = 64,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a piece.")] = 256,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", help="Patterns of layers to leave; lm_head if none is given.")
+    ] = None,
+    gptq: Annotated[
+        bool, typer.Option("--gptq/--round", help="Error-compensated rounding, where there is text.")
+    ] = True,
+    tokens: Annotated[int, typer.Option("--tokens", help="With --keep: rows that a layer sees in a step.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Quantise a language model; `hasten serve` and transformers load the folder."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from hasten.cli.progress import stages
+    from hasten.errors import ConfigurationError
+    from hasten.language import load
+    from hasten.language.compressed import write
+    from hasten.language.compressing import TextSample, by_scheme, keeping, read_texts
+
+    console = Console(stderr=json)
+    if (scheme is None) == (keep is None):
+        raise ConfigurationError("say what to make: --scheme W4A16, or --keep 0.99 for a width for each layer")
+    if keep is not None and data is None:
+        raise ConfigurationError("--keep measures the quality on text; give --data FILE")
+    if out.exists():
+        raise ConfigurationError(f"{out} exists already; name a folder that does not, or remove it")
+    loaded = load(model, dtype="bf16")
+    if loaded.folder is None:
+        raise ConfigurationError(f"{model} has random weights and no folder; give a model folder")
+    patterns = tuple(skip) if skip else ("lm_head",)
+    with stages(console) as told:
+        sample = None
+        if data is not None:
+            sample = TextSample.of(loaded, read_texts(data), length=length, most=sequences)
+        if scheme is not None:
+            result = by_scheme(loaded, scheme, sample, skip=patterns, gptq=gptq, progress=told)
+        else:
+            assert sample is not None
+            assert keep is not None
+            result = keeping(loaded, keep, sample, skip=patterns, tokens=tokens, progress=told)
+        told("writing", 0.97)
+        settings = write(result.model, loaded.folder, out)
+    before = sum(f.stat().st_size for f in loaded.folder.glob("*.safetensors"))
+    after = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    told_json = _document(result, settings, out, before, after)
+    if json:
+        import json as encoder
+
+        print(encoder.dumps(told_json, ensure_ascii=False))
+        return
+    _show(console, result, before, after)
+    if settings["quant_method"] == "hasten":
+        console.print("this format is read by hasten alone; transformers reads symmetric 4 and 8 bits")
+    console.print(f"[bold]{escape(_verdict(result, before, after))}[/]")
+    console.print(f"serve it: hasten serve {out}")
+
+
+def _document(result: Any, settings: Any, out: Path, before: int, after: int) -> dict[str, Any]:
+    return {
+        "folder": str(out),
+        "bytes_before": before,
+        "bytes_after": after,
+        "perplexity_before": result.perplexity[0] if result.perplexity else None,
+        "perplexity_after": result.perplexity[1] if result.perplexity else None,
+        "kept": result.kept,
+        "predicted_seconds": list(result.predicted) if result.predicted else None,
+        "widths": result.widths,
+        "quantization": settings,
+        "notes": [*result.report.notes, *result.notes],
+    }
+
+
+def _show(console: Any, result: Any, before: int, after: int) -> None:
+    from rich.table import Table
+
+    table = Table("layers", "bits", "bytes")
+    groups: dict[tuple[str, int], list[Any]] = {}
+    rows = {r.layer: r for r in result.report.layers}
+    for path, width in result.widths.items():
+        groups.setdefault((path.rpartition(".")[2], width), []).append(rows.get(path))
+    for (kind, width), found in groups.items():
+        size = sum(r.bytes_after for r in found if r is not None)
+        table.add_row(f"{len(found)} × {kind}", "kept" if width == 16 else str(width), f"{size:,}" if size else "–")
+    console.print(table)
+    for note in result.notes[:5]:
+        console.print(note, style="dim", markup=False)
+    if len(result.notes) > 5:
+        console.print(f"… and {len(result.notes) - 5} more (--json)", style="dim")
+
+
+def _verdict(result: Any, before: int, after: int) -> str:
+    text = f"{before:,} bytes -> {after:,}"
+    if result.perplexity is not None:
+        old, new = result.perplexity
+        text += f"; perplexity {old:.3f} -> {new:.3f} on held-out text ({result.kept:.2%} kept)"
+    if result.predicted is not None:
+        text += (
+            f"; layers {result.predicted[0] / result.predicted[1]:.2f}× as fast for one token by this machine's table"
+        )
+    return text

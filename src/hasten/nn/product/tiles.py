@@ -1,0 +1,165 @@
+"""Many rows times a bfloat16 matrix on processors with matrix tiles (AMX), from the same panels as a few rows.
+
+A panel's 16 input pairs of 16 outputs are a tile as they lie, 256 bytes from pair to pair, and so are 32 inputs of 16
+rows of activations. Blocks of 32 rows and 32 outputs keep four tiles of sums; rows and inputs that fill no tile go
+through :mod:`bfloat16`. Tiles add in another order than registers do, so with them a row's last bits depend on how many
+rows there are; whoever wants them not to uses :mod:`bfloat16` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from hasten.nn.bfloat import store
+from hasten.nn.product import instructions as avx
+from hasten.nn.product.bfloat16 import stretch
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
+
+__all__ = ["FEWEST", "granted", "multiply", "panels"]
+
+FEWEST = 16
+"""Rows from which tiles are used."""
+_PAIRS = 16
+"""Input pairs of a tile."""
+_SPAN = 512
+_REQUEST, _TILE_DATA, _SYSCALL = 0x1023, 18, 158  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, arch_prctl
+
+
+@lru_cache(maxsize=1)
+def granted() -> bool:
+    """Whether this process may use tiles: the processor has them, and Linux gives the memory that they need."""
+    if not avx.has_tiles():
+        return False
+    try:
+        return bool(ctypes.CDLL(None, use_errno=True).syscall(_SYSCALL, _REQUEST, _TILE_DATA) == 0)
+    except (OSError, AttributeError):
+        return False
+
+
+def _run(builder: Any, text: str, *operands: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [o.type for o in operands])
+    constraints = ",".join(["r"] * len(operands) + ["~{memory}"])
+    builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(operands))
+
+
+def _configure(builder: Any) -> None:
+    """Eight tiles of 16 lines of 64 bytes."""
+    words = [1, 0, 0, 0, *[0x400040] * 4, 0, 0, 0, 0, 0x10101010, 0x10101010, 0, 0]
+    place = cgutils.alloca_once(builder, avx.INTS)
+    place.align = LINE
+    builder.store(ir.Constant(avx.INTS, words), place).align = LINE
+    _run(builder, "ldtilecfg ($0)", builder.ptrtoint(place, ir.IntType(64)))
+
+
+def _block(builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any) -> None:
+    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64)."""
+    line = ir.Constant(ir.IntType(64), PANEL * 4)
+    rows = [builder.add(x, scaled(builder, x_stride, 16 * i)) for i in range(halves)]
+    for side in range(2):
+        places = [
+            (2 * i + j, builder.add(sums, ir.Constant(ir.IntType(64), (16 * i * PANEL + (2 * side + j) * 16) * 4)))
+            for i in range(halves)
+            for j in range(2)
+        ]
+        for tile, where in places:
+            _run(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
+        with cgutils.for_range(builder, steps) as loop:
+            along = scaled(builder, loop.index, LINE)
+            panel = builder.add(weights, scaled(builder, loop.index, _PAIRS * PANEL * 4))
+            for i in range(halves):
+                _run(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", builder.add(rows[i], along), x_stride)
+            for j in range(2):
+                at = builder.add(panel, ir.Constant(ir.IntType(64), (2 * side + j) * LINE))
+                _run(builder, f"tileloadd ($0,$1,1), %tmm{6 + j}", at, line)
+            for i in range(halves):
+                for j in range(2):
+                    _run(builder, f"tdpbf16ps %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
+        for tile, where in places:
+            _run(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
+
+
+@intrinsic
+def _tiles(typing: Any, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, sixteens: Any) -> Any:
+    """16 * ``sixteens`` rows times ``steps`` tiles of a panel's inputs, added to ``sums``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_stride, weights, steps, sums, sixteens = arguments
+        _configure(builder)
+
+        def at(number: Any) -> tuple[Any, Any]:
+            row = scaled(builder, number, 16)
+            return builder.add(x, builder.mul(row, x_stride)), builder.add(sums, scaled(builder, row, PANEL * 4))
+
+        two = ir.Constant(sixteens.type, 2)
+        with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
+            rows, target = at(scaled(builder, loop.index, 2))
+            _block(builder, 2, rows, x_stride, weights, steps, target)
+        odd = builder.icmp_signed("!=", builder.srem(sixteens, two), ir.Constant(sixteens.type, 0))
+        with builder.if_then(odd):
+            rows, target = at(builder.sub(sixteens, ir.Constant(sixteens.type, 1)))
+            _block(builder, 1, rows, x_stride, weights, steps, target)
+        _run(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
+
+
+@njit(cache=True, error_model="numpy")
+def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> None:
+    """As :func:`hasten.nn.product.bfloat16.panels`."""
+    rows, width = out.shape
+    groups = (rows + GROUP - 1) // GROUP
+    pairs = weights.shape[1]
+    sums = np.empty((min(rows, GROUP), PANEL), np.float32)
+    base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
+    for item in range(first, last):
+        panel, start = item // groups, (item % groups) * GROUP
+        count = min(GROUP, rows - start)
+        sums[:count] = 0
+        tiled = count // 16 * 16
+        for pair in range(0, pairs, _SPAN):
+            span = min(_SPAN, pairs - pair)
+            whole = span // _PAIRS * _PAIRS
+            here = x_base + start * x_stride + pair * 4
+            there = base + (panel * pairs + pair) * PANEL * 4
+            if tiled > 0 and whole > 0:
+                _tiles(here, x_stride, there, whole // _PAIRS, sums.ctypes.data, tiled // 16)
+                if whole < span:
+                    stretch(
+                        here + whole * 4, x_stride, there + whole * PANEL * 4, span - whole, sums.ctypes.data, tiled
+                    )
+                if tiled < count:
+                    stretch(here + tiled * x_stride, x_stride, there, span, sums.ctypes.data + tiled * PANEL * 4,
+                            count - tiled)  # fmt: skip
+            else:
+                stretch(here, x_stride, there, span, sums.ctypes.data, count)
+        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
+        for row in range(count):
+            target, line = out[start + row], sums[row]
+            if len(bias) > 0:
+                for i in range(low, high):
+                    store(target, i, line[i - low] + bias[i])
+            else:
+                for i in range(low, high):
+                    store(target, i, line[i - low])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _multiply(x: Any, weights: Any, bias: Any, out: Any, parts: int) -> None:
+    items = weights.shape[0] * ((out.shape[0] + GROUP - 1) // GROUP)
+    for part in prange(parts):
+        panels(x, weights, bias, out, items * part // parts, items * (part + 1) // parts)
+
+
+def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
+    """``out = x @ W.T + bias``; see :func:`hasten.nn.product.bfloat16.multiply`."""
+    _multiply(x, weights, bias, out, numba.get_num_threads())

@@ -1,0 +1,300 @@
+"""Post-Training Quantization with Low-precision Minifloats and Integers on FPGAs: which grid for which data and
+hardware.
+
+https://arxiv.org/abs/2311.12359. The paper claims that minifloats of 3 to 8 bits hold accuracy against integers of
+the same width, and that integers often remain Pareto-optimal once the multiply-accumulate's hardware is counted.
+Checked: exact grids, the signal-to-noise law over four distributions, accuracy of a CNN and a vision transformer over
+widths, layer errors of GPTQ and learned rounding, and the front over LUTs with the break-even of the floats' own
+hardware.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hasten.compress.quantize import (
+    FP8_E4M3,
+    FP8_E5M2,
+    BiasCorrection,
+    Equalise,
+    Format,
+    Gptq,
+    Int,
+    LearnedRounding,
+    MiniFloat,
+    Mse,
+    PerChannel,
+    Quantize,
+    SmoothQuant,
+    fold_batch_norm,
+)
+from hasten.compress.quantize.explore import Candidate, FormatFront, formats
+from hasten.compress.quantize.passes import Calibration
+from hasten.compress.quantize.steps import Layer, Step, Work
+from hasten.compress.technique import sqnr
+from hasten.measure.fpga import Fpga, Operand
+from hasten.studies import _quantization as part
+from hasten.studies._vision_models import accuracy
+from hasten.studies.study import Check, Scale, Study
+
+LAW = {
+    ("uniform", "int4"): 22.9, ("uniform", "e2m1"): 19.2, ("Gaussian", "int4"): 14.6, ("Gaussian", "e2m1"): 17.9,
+    ("Laplace", "int4"): 8.8, ("Laplace", "e2m1"): 13.1, ("Student t, 4 degrees", "int4"): 1.8,
+    ("Student t, 4 degrees", "e2m1"): 4.2, ("Student t, 4 degrees", "e3m0"): 13.5,
+}  # fmt: skip
+"""SQNR in dB at 4 bits, scale from the extremes, as measured when the system was described."""
+TECHNIQUES: tuple[tuple[Step, ...], ...] = ((), (SmoothQuant(0.5), Gptq(), BiasCorrection()))
+"""Sets of steps that every format may use"""
+_DRAWS, _COUNT = 48, 2**18
+_ONE = torch.ones(1)
+
+
+def run(scale: Scale) -> Iterator[Check]:
+    """See the module."""
+    scale.progress("grids", 0.0)
+    yield from grids(scale)
+    scale.progress("law", 0.1)
+    yield from law(scale)
+    scale.progress("invariance", 0.2)
+    yield from invariance(scale)
+    scale.progress("accuracy", 0.25)
+    yield from accuracy_and_hardware(scale)
+
+
+def grids(scale: Scale) -> Iterator[Check]:
+    """Rounding against the enumerated grid, torch's casts and those of ml_dtypes."""
+    wrong, count = 0, 0
+    for e, m in itertools.product(range(8), range(8)):
+        if 2 <= 1 + e + m <= 8 and e + m:
+            wrong += _grid_errors(MiniFloat(e, m), scale.seed)
+            count += 1
+    yield Check.equal(
+        "values that are not the nearest of the grid", wrong, 0, "", f"{count} formats, 1e5 values and midpoints"
+    )
+    generator = torch.Generator().manual_seed(scale.seed)
+    x = torch.randn(100_000, generator=generator) * torch.exp(3 * torch.randn(100_000, generator=generator))
+    for fmt, kind in ((FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)):
+        inside = torch.cat([x, fmt.grid()]).clamp(-fmt.max, fmt.max)
+        other = int((fmt.encode(inside, _ONE) != inside.to(kind).view(torch.uint8)).sum())
+        yield Check.equal(f"codes that differ from torch's {str(kind)[6:]}", other, 0)
+    try:
+        import ml_dtypes
+    except ImportError:
+        yield Check.unavailable("values that differ from ml_dtypes", "ml_dtypes is not installed")
+        return
+    other = 0
+    for fmt, name in (
+        (MiniFloat(2, 1), "float4_e2m1fn"),
+        (MiniFloat(2, 3), "float6_e2m3fn"),
+        (MiniFloat(3, 2), "float6_e3m2fn"),
+    ):
+        values = torch.cat([x, fmt.grid(), (fmt.grid()[1:] + fmt.grid()[:-1]) / 2])
+        expected = values.numpy().astype(getattr(ml_dtypes, name)).astype(np.float32)
+        other += int((fmt.quantize(values, _ONE).dequantize().numpy() != expected).sum())
+    yield Check.equal("values that differ from ml_dtypes' 4- and 6-bit floats", other, 0)
+
+
+def _grid_errors(fmt: MiniFloat, seed: int) -> int:
+    """Values that are not the nearest of the grid written out from the definition; a tie goes to the even
+    significand."""
+    steps, bias = 2**fmt.m, 2 ** (fmt.e - 1) - 1 if fmt.e else 0
+    positive = [
+        2.0 ** (1 - bias) * mantissa / steps if exponent == 0 else 2.0 ** (exponent - bias) * (1 + mantissa / steps)
+        for exponent, mantissa in itertools.product(range(2**fmt.e), range(steps))
+    ]
+    grid = np.unique(np.array([*positive, *(-v for v in positive)]))
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([rng.normal(size=100_000) * grid[-1] / 2, (grid[1:] + grid[:-1]) / 2, grid, [1e30, -1e30]])
+    x = x.astype(np.float32).astype(np.float64) if fmt.e <= 6 else x
+    clipped = np.clip(x, grid[0], grid[-1])
+    above = np.searchsorted(grid, clipped).clip(1, len(grid) - 1)
+    low, high = grid[above - 1], grid[above]
+    inner = np.minimum(np.abs(low), np.abs(high))
+    quantum = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(inner, 1e-300))), 1 - bias) - fmt.m)
+    tie_low = (clipped - low == high - clipped) & (np.mod(np.round(low / quantum), 2) == 0)
+    expected = np.where((clipped - low < high - clipped) | tie_low, low, high)
+    kind = torch.float32 if fmt.e <= 6 else torch.float64
+    got = fmt.round_to(torch.tensor(x, dtype=kind), _ONE.to(kind)).double().numpy()
+    return int((got != expected).sum())
+
+
+def law(scale: Scale) -> Iterator[Check]:
+    """Integers win on uniform data, floats on heavy tails; with the best clip the Gaussian gap closes."""
+    found: dict[tuple[str, str], list[float]] = {}
+    best: dict[str, list[float]] = {}
+    four: list[Format] = [Int(4), MiniFloat(2, 1), MiniFloat(3, 0)]
+    worst = 0.0
+    for draw in range(_DRAWS):
+        for name, x in part.distributions(_COUNT, scale.seed * 1000 + draw).items():
+            for fmt in four:
+                found.setdefault((name, fmt.label), []).append(sqnr(x, fmt.fake(x)))
+            if name == "Gaussian" and draw < 3:
+                for fmt in (Int(4, observer=Mse()), MiniFloat(2, 1, observer=Mse())):
+                    best.setdefault(fmt.label, []).append(sqnr(x, fmt.fake(x)))
+            step = float(Int(4).find(x)[0])
+            worst = max(
+                worst,
+                float(
+                    (Int(4).fake(x, torch.tensor([step])) - MiniFloat(1, 2).fake(x, torch.tensor([step / 0.5])))
+                    .abs()
+                    .max()
+                ),
+            )
+    means = {key: float(np.mean(v)) for key, v in found.items()}
+    note = f"mean of {_DRAWS} draws of {_COUNT}"
+    off = {key: means[key] - figure for key, figure in LAW.items()}
+    key = max(off, key=lambda k: abs(off[k]))
+    yield Check.at_most(
+        "SQNR at 4 bits, largest distance from the recorded figures", abs(off[key]), 0.5, "dB",
+        f"{note}; " + ", ".join(f"{n} {f} {means[n, f]:.1f}" for n, f in LAW),
+    )  # fmt: skip
+    gap = {n: means[n, "e2m1"] - means[n, "int4"] for n in part.distributions(1, 0)}
+    yield Check.at_most("E2M1 over INT4, uniform", gap["uniform"], 0.0, "dB", note)
+    heavy = min(v for n, v in gap.items() if n != "uniform")
+    yield Check.at_least("E2M1 over INT4, least of Gaussian, Laplace, Student t", heavy, 0.0, "dB", note)
+    clipped = float(np.mean(best["e2m1"])) - float(np.mean(best["int4"]))
+    yield Check.within(
+        "E2M1 over INT4, Gaussian, best clip", clipped, -0.5, 0.5, "dB", f"{np.mean(best['int4']):.1f} dB for INT4"
+    )
+    yield Check.equal("largest difference of E1M2 and INT4", worst, 0.0)
+
+
+def invariance(scale: Scale) -> Iterator[Check]:
+    """Equalisation and SmoothQuant compute the same in float32."""
+    torch.manual_seed(scale.seed)
+    residual, transformer = (
+        part.make("residual", 14, scale.seed).eval(),
+        part.make("transformer", 14, scale.seed).eval(),
+    )
+    for module in transformer.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.2, 4.0)
+    x = torch.randn(16, 1, 14, 14, generator=torch.Generator().manual_seed(scale.seed))
+    for name, model, step in (("equalisation", residual, Equalise()), ("SmoothQuant", transformer, SmoothQuant(0.5))):
+        with torch.no_grad():
+            before = model(x)
+            fold_batch_norm(model)
+            layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+            work = Work(model, layers, None, None, Calibration([x]))
+            step.rewrite(work)
+            change = part.relative(model(x), before)
+        yield Check.at_most(f"{name}, relative change of the output", change, 1e-5, "", work.notes[-1])
+
+
+@dataclass(frozen=True)
+class _Nearest(Step):
+    """Rounding to nearest, with its error measured."""
+
+    def round(self, layer: Layer) -> Tensor | None:
+        layer.hessian()
+        return None
+
+
+def accuracy_and_hardware(scale: Scale) -> Iterator[Check]:
+    """Widths and formats on trained networks, layer errors of the rounding steps, and the front over LUTs."""
+    networks: list[tuple[str, str, part.Images, int]] = []
+    data = part.digits_of(scale)
+    if data is not None:
+        networks = [("digits", "cnn", data, scale.choose(6, 20)), ("digits", "transformer", data, scale.choose(20, 40))]
+    clothes = None if scale.quick else part.fashion(scale)
+    if clothes is not None:
+        networks += [("Fashion-MNIST", "residual", clothes, 4), ("Fashion-MNIST", "transformer", clothes, 6)]
+    if not networks:
+        yield Check.unavailable(
+            "accuracy over widths", "scikit-learn is not installed and there is no data folder", "points"
+        )
+        return
+    majority: list[tuple[str, FormatFront, float]] = []
+    for index, (where, kind, images, epochs) in enumerate(networks):
+        model = part.network(kind, images, epochs, scale.seed)
+        told = f"{where} {kind}"
+        whole = accuracy(model, images[2], images[3])
+        given = part.batches(images, 256)
+
+        def report(stage: str, share: float, index: int = index, told: str = told) -> None:
+            scale.progress(f"{told}: {stage}", 0.25 + 0.75 * (index + 0.9 * share) / len(networks))
+
+        front = formats(
+            model,
+            given,
+            lambda m, i=images: accuracy(m, i[2], i[3]),  # type: ignore[misc]
+            bits=(4, 8) if scale.quick and kind == "transformer" else range(3, 9),
+            steps=TECHNIQUES if kind == "transformer" else ((),),
+            observer=Mse(steps=40),
+            progress=report,
+        )
+        majority.append((told, front, whole))
+        yield from _widths(told, kind, front, whole)
+        if kind == "transformer" or scale.quick or where == "digits":
+            yield from _layer_errors(told, model, given, scale)
+    whole_numbers, count, notes = 0, 0, []
+    for told, front, whole in majority:
+        least = whole - 0.05
+        chosen = front.front(worst=least)
+        whole_numbers += sum(c.integer for c in chosen)
+        count += len(chosen)
+        flip = front.break_even(worst=least)
+        edge = "at no factor" if flip is None else f"below {flip:.2f} times"
+        notes.append(f"{told}: {', '.join(c.weight.label.split()[0] for c in chosen)} (flips {edge})")
+    yield Check.at_least(
+        "share of integers on the fronts of accuracy over LUTs", whole_numbers / max(count, 1), 0.5 + 1e-9, "",
+        "within 5 points of float32; flips: factor on the floats' own hardware at which floats are half of the front; "
+        + "; ".join(notes),
+    )  # fmt: skip
+    cost = Fpga.load().mac(Operand.of(MiniFloat(2, 1)), Operand.of(MiniFloat(2, 1)), 256)
+    terms = ", ".join(f"{k} {v:.0f}" for k, v in cost.terms.items())
+    yield Check("LUTs of a multiply-accumulate, E2M1, sums of 256", cost.luts, "", "", None, f"told only: {terms}")
+
+
+def _widths(told: str, kind: str, front: FormatFront, whole: float) -> Iterator[Check]:
+    """Best float and integer of a width."""
+    by_width: dict[int, list[Candidate]] = {}
+    for candidate in front.candidates:
+        by_width.setdefault(candidate.weight.bits, []).append(candidate)
+    scores = {
+        bits: (max(c.score for c in tried if c.integer), max(c.score for c in tried if not c.integer))
+        for bits, tried in by_width.items()
+    }
+    table = "; ".join(f"W{b}A{b} int {100 * i:.1f} float {100 * f:.1f}" for b, (i, f) in sorted(scores.items()))
+    note = f"float32 {100 * whole:.1f} %; {table}"
+    if kind == "transformer":
+        yield Check.at_least(
+            f"{told}: best minifloat over integer, W4A4", 100 * (scores[4][1] - scores[4][0]), -0.5, "points", note
+        )
+    lost = 100 * (whole - min(scores[8]))
+    yield Check.at_most(f"{told}: accuracy lost by W8A8, the worse of both", lost, 0.5, "points", note)
+
+
+def _layer_errors(told: str, model: nn.Module, given: list[Tensor], scale: Scale) -> Iterator[Check]:
+    """Share of layers whose output error GPTQ and learned rounding reduce."""
+    steps: dict[str, Step] = {"GPTQ": Gptq(), "learned rounding": LearnedRounding(scale.choose(100, 1000))}
+    for fmt in (Int(4, PerChannel(0)), MiniFloat(2, 1, granularity=PerChannel(0))):
+        plain = Quantize(fmt, None, [_Nearest()], real="never")(model, given).report
+        base = {r.layer: r.error for r in plain.layers if r.touched}  # type: ignore[union-attr]
+        for name, step in steps.items():
+            better = Quantize(fmt, None, [step], real="never")(model, given).report
+            errors = {r.layer: r.error for r in better.layers if r.touched}  # type: ignore[union-attr]
+            share = float(np.mean([errors[k] < base[k] for k in base]))
+            ratio = float(np.median([errors[k] / base[k] for k in base]))
+            note = f"{len(base)} layers; median error {ratio:.2f} times that of rounding to nearest"
+            yield Check.at_least(
+                f"{told}: layers that {name} brings closer, {fmt.label.split()[0]}", share, 0.9, "", note
+            )
+
+
+study = Study(
+    system="minifloats",
+    claim="Small floats hold accuracy against integers of equal width; integers mostly win once hardware is counted.",
+    published={
+        "3 to 8 bits, five techniques, vision": "minifloats hold up against integers across the spectrum (abstract)",
+        "with an FPGA cost model": "integers often remain Pareto-optimal (abstract)",
+        "later title": "Shedding the Bits: ResNet-18, MobileNetV2, ViT-B/32; promising for vision transformers",
+    },
+    run=run,
+)

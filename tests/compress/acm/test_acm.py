@@ -1,0 +1,203 @@
+"""Adaptive computation: exact where it skips, within its budget, and honest about what it was given."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hasten.clock import ManualClock
+from hasten.compress.acm import ACM, AdaptiveComputation, executed_share, load_map, set_budget, set_fixed
+from hasten.compress.acm.targets import find_targets
+from hasten.compress.acm.technique import _labels, adaptive_layers, measure_gates
+from hasten.errors import ConfigurationError
+from hasten.measure.counting import cost
+from hasten.testing.technique_kit import TechniqueKit
+
+torch.set_num_threads(1)
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + self.mlp(self.norm(x))
+        return x + self.proj(x)
+
+
+def network(width=16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, width), Block(width), Block(width), nn.Linear(width, 4)).eval()
+
+
+def inputs(count=4, tokens=6):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(16, tokens, 8, generator=g) for _ in range(count)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 2), st.integers(1, 30), st.integers(0, 10_000))
+def test_sorted_execution_is_the_masked_sum(learners, least, tokens, seed):
+    least = min(least, learners)
+    g = torch.Generator().manual_seed(seed)
+    layer = AdaptiveComputation(width=8, learners=learners, size=3, least=least)
+    counts = torch.randint(least, learners + 1, (tokens,), generator=g)
+    choice = nn.functional.one_hot(counts - least, learners + 1 - least).float()
+    made = []
+    for run in (lambda z: layer.sparse(z, counts), lambda z: layer.masked(z, choice)):
+        z = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed + 1)).requires_grad_()
+        out = run(z)
+        grads = torch.autograd.grad(out.sin().sum() + 0 * z.sum(), [z, layer.into, layer.out], allow_unused=True)
+        made.append((out.detach(), [torch.zeros(1) if x is None else x for x in grads]))
+    torch.testing.assert_close(made[0][0], made[1][0], atol=1e-5, rtol=1e-5)
+    for one, two in zip(made[0][1], made[1][1], strict=True):
+        assert float((one - two).abs().max()) < 1e-5
+    expected = torch.stack([layer.prefix(z[i], int(counts[i])) for i in range(tokens)])
+    torch.testing.assert_close(made[0][0], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_all_learners_of_neurons_are_the_layer():
+    model = network()
+    (target,) = find_targets(model, ("1.mlp",), inputs())
+    from hasten.compress.acm.targets import replacement
+
+    layer = replacement(model, target, 4, 1.0, by_neurons=True)
+    z = torch.randn(5, 16)
+    expected = model[1].mlp(z) - model[1].mlp[2].bias
+    torch.testing.assert_close(layer(z), expected, atol=1e-5, rtol=1e-5)
+    assert layer.size == 16
+    torch.testing.assert_close(layer.prefixes(z)[2], layer.prefix(z, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_labels_by_definition():
+    """Errors 8, 4, 3.9, 1: the second learner helps by less than a fifth, so one is enough; then never, so the last."""
+    y = torch.zeros(2, 1)
+    errors = torch.tensor([[8.0, 4.0, 3.9, 1.0], [8.0, 4.0, 2.0, 1.0]])
+    assert _labels(errors.T[:, :, None], y, 1.2, 1).tolist() == [2, 3]
+
+
+def test_budget_is_kept_and_counted_by_operator():
+    model, data = network(), inputs(8)
+    acm = ACM(targets=("*.mlp",), epochs=2, gate_epochs=2, tune_epochs=6, budget=0.4, tune_rate=3e-3)
+    small = acm(model, data).eval()
+    x = inputs(1)[0]
+    with torch.no_grad():
+        small(x)
+    share = executed_share(small)
+    assert abs(share - 0.4) < 0.03
+    assert small.report.measured["share"] == pytest.approx(share, abs=0.05)
+    counted = cost(small, x).macs
+    layers = adaptive_layers(small).values()
+    spent = sum(m.last.numel() * m.gate_cost + float(m.last.sum()) * 2 * m.width * m.size for m in layers)
+    rest = cost(set_fixed(copy.deepcopy(small), 0), x).macs
+    assert counted - rest == pytest.approx(spent)
+    for other in (0.8, 0.3):  # a knob at run time
+        set_budget(small, data, other)
+        with torch.no_grad():
+            small(x)
+        assert abs(executed_share(small) - other) < 0.05
+    maps = load_map(small, x)
+    assert set(maps) == {"1.mlp", "2.mlp"}
+    assert maps["1.mlp"].shape == (16, 6)
+
+
+def test_distillation_orders_learners():
+    model, data = network(), inputs(8)
+    small = ACM(targets=("*.mlp",), epochs=10, init="random", rate=3e-3).distil(model, data)
+    x = torch.randn(200, 16)
+    for name in ("1.mlp", "2.mlp"):
+        wanted = model.get_submodule(name)(x)
+        errors = (small.get_submodule(name).prefixes(x) - wanted).square().mean((1, 2)).tolist()
+        assert all(b <= 1.05 * a for a, b in zip(errors, errors[1:], strict=False))
+        assert errors[-1] < 0.8 * errors[0]
+
+
+def test_projections_keep_at_least_one_learner():
+    model = network()
+    acm = ACM(targets=("*.proj",), epochs=1, gate_epochs=1, tune_epochs=0)
+    small = acm(model, inputs()).eval()
+    layer = small[1].proj
+    assert layer.least == 1
+    assert layer.activation == "identity"
+    assert int(load_map(small, inputs()[0])["1.proj"].min()) >= 1
+    with pytest.raises(ConfigurationError, match="1 to 4 learners, not 0"):
+        set_fixed(small, 0)
+
+
+def test_few_tokens_take_the_typical_number():
+    small = ACM(targets=("*.mlp",), epochs=1, gate_epochs=1, tune_epochs=0)(network(), inputs()).eval()
+    for layer in adaptive_layers(small).values():
+        layer.min_tokens, layer.typical = 10, 2
+    maps = load_map(small, inputs()[0][:1])
+    assert all(torch.equal(m, torch.full((1, 6), 2)) for m in maps.values())
+    with torch.no_grad():
+        torch.testing.assert_close(small(inputs()[0][:1]), set_fixed(copy.deepcopy(small), 2)(inputs()[0][:1]))
+
+
+def test_where_gates_pay_is_measured():
+    """By a clock that charges two seconds for all learners, three for gates over 4 tokens and one over 16."""
+    small = ACM(targets=("1.mlp",), epochs=1, gate_epochs=1, tune_epochs=0)(network(), inputs()).eval()
+    clock = ManualClock()
+    layer = small[1].mlp
+    layer.prefix = lambda z, count: (clock.advance(2.0), z)[1]
+    layer.sparse = lambda z, counts: (clock.advance(3.0 if len(z) == 4 else 1.0), z)[1]
+    assert measure_gates(small, (4, 16, 64), clock=clock) == {"1.mlp": 16}
+    assert layer.min_tokens == 16
+    layer.sparse = lambda z, counts: (clock.advance(5.0), z)[1]
+    assert measure_gates(small, (4, 16, 64), clock=clock) == {"1.mlp": 128}
+    told = ACM(targets=("1.mlp",), epochs=1, gate_epochs=1, tune_epochs=0, measure=True)(network(), inputs())
+    assert "min_tokens now" in told.report.notes[-1]
+
+
+def test_targets_that_do_not_fit_are_named():
+    with pytest.raises(ConfigurationError, match="no module is called"):
+        ACM(targets=("*.ffn",))(network(), inputs())
+    with pytest.raises(ConfigurationError, match=r"0 maps \(16, 6, 8\) to \(16, 6, 16\)"):
+        ACM(targets=("0",))(network(), inputs())
+    with pytest.raises(ConfigurationError, match="holds no linear layer"):
+        ACM(targets=("1.norm",))(network(), inputs())
+    with pytest.raises(ConfigurationError, match="no labels"):
+        ACM(targets=("*.mlp",)).finetune(network(), None)
+    with pytest.raises(ConfigurationError, match="no gated call"):
+        executed_share(nn.Sequential(AdaptiveComputation(width=4, learners=2, size=2)))
+    with pytest.raises(ConfigurationError, match="has no b behind"):
+        ACM(targets=("1.mlp>b",))(network(), inputs())
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"budget": 0}, {"budget": 1.5}, {"learners": 0}, {"improvement": 1.0}, {"init": "x"}, {"epochs": 0}]
+)
+def test_bad_knobs(knobs):
+    with pytest.raises(ConfigurationError):
+        ACM(**knobs)
+
+
+class TestKit(TechniqueKit):
+    technique = ACM(targets=("first>second",), epochs=3, gate_epochs=1, tune_epochs=2, budget=0.8)
+    keeps = {"sqnr": 8.0}
+
+    def model(self):
+        torch.manual_seed(0)
+        return _Residual().eval()
+
+    def test_same_input_same_result(self, parts):
+        model, example, new = parts
+        again = self.technique(model, [example])
+        with torch.inference_mode():
+            assert torch.equal(new(example), again(example))
+
+
+class _Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x + self.second(self.act(self.first(x))))

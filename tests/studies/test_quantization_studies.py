@@ -1,0 +1,81 @@
+"""The parts of the quantisation studies; the studies themselves take longer and run from ``hasten study``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hasten.compress.quantize import MiniFloat, PerChannel, PerGroup, PerTensor
+from hasten.studies import Scale, load, minifloats, quantization_survey
+from hasten.studies import _quantization as part
+from hasten.studies._vision_models import ResidualNet, VisionTransformer, accuracy, digits_cnn, digits_mlp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ["quantization-survey", "minifloats"])
+def test_studies_are_found_and_claim_something(name: str) -> None:
+    study = load(name)
+    assert len(study.claim.split()) > 8
+    assert study.published
+
+
+def test_the_identities_hold() -> None:
+    checks = list(quantization_survey.identities(Scale(quick=True)))
+    assert all(c.holds for c in checks), [c for c in checks if not c.holds]
+    assert quantization_survey._integer_error(3, False) <= 1e-5
+
+
+def test_bytes_and_observers() -> None:
+    assert all(c.holds for c in quantization_survey.bytes_on_disk())
+
+
+def test_noise_falls_with_finer_scales() -> None:
+    net = digits_mlp()
+    noise = [quantization_survey._noise(net, g) for g in (PerTensor(), PerChannel(0), PerGroup(1, 16))]
+    assert noise == sorted(noise)
+
+
+def test_the_grid_check_can_fail() -> None:
+    assert minifloats._grid_errors(MiniFloat(2, 1), 0) == 0
+
+    class Wrong(MiniFloat):
+        def round_to(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
+            return super().round_to(x, scale).where(x.abs() > 0.5, 0.0)  # no subnormals
+
+    assert minifloats._grid_errors(Wrong(2, 1), 0) > 100
+
+
+def test_rewriting_keeps_the_function() -> None:
+    assert all(c.holds for c in minifloats.invariance(Scale(quick=True)))
+
+
+def test_draws_have_their_laws() -> None:
+    drawn = part.distributions(50_000, 0)
+    assert float(drawn["uniform"].abs().max()) <= 1
+    kurtosis = {k: float((v - v.mean()).pow(4).mean() / v.var() ** 2) for k, v in drawn.items()}
+    assert (
+        kurtosis["uniform"]
+        < 2
+        < kurtosis["Gaussian"]
+        < 4
+        < kurtosis["Laplace"]
+        < 7.5
+        < kurtosis["Student t, 4 degrees"]
+    )
+
+
+def test_networks_take_their_images() -> None:
+    x = torch.randn(2, 1, 14, 14)
+    for model in (ResidualNet(), VisionTransformer(14, 2, 16, 1, 2), digits_cnn()):
+        assert model(x).shape == (2, 10)
+    assert digits_mlp()(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    labels = torch.tensor([1, 0])
+    assert accuracy(nn.Sequential(nn.Flatten(), nn.Linear(2, 2)), torch.eye(2)[:, None], labels) in (0.0, 0.5, 1.0)
+
+
+def test_data_that_are_not_there_are_none() -> None:
+    assert part.fashion(Scale()) is None
+    (check,) = quantization_survey._fashion(Scale())
+    assert check.holds is None

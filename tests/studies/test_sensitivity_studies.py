@@ -1,0 +1,60 @@
+"""Parts of the studies of sensitivity and deep compression; whole they take minutes and are left to `hasten study`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hasten.compress.quantize.integer import Int
+from hasten.studies import Check, Scale, load, q_bert
+from hasten.studies import augmented_hessians as augmented
+from hasten.studies import tiny_transient_transformer as tiny
+from hasten.studies._bert import agreement, batches
+
+QUICK = Scale(quick=True, seed=0)
+
+
+@pytest.mark.parametrize("name", ["q-bert", "augmented-hessians", "tiny-transient-transformer"])
+def test_they_claim_something(name: str) -> None:
+    study = load(name)
+    assert len(study.claim.split()) > 3
+    assert study.published
+
+
+@pytest.mark.parametrize("part", [q_bert.exactness, augmented.exactness, tiny.exactness])
+def test_what_is_exact_holds(part: object) -> None:
+    checks: Iterator[Check] = part(QUICK)  # type: ignore[operator]
+    found = list(checks)
+    assert found
+    assert all(c.holds for c in found if c.holds is not None), [c for c in found if not c.holds]
+
+
+def test_sentences_are_labelled_by_their_grammar() -> None:
+    ids, labels = agreement(500, seed=0)
+    again, _ = agreement(500, seed=0)
+    assert torch.equal(ids, again)
+    for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        words = [w for w in row if w]
+        assert words[0] == 1
+        assert (words[1] >= 10) == (words[-1] >= 26) if label else (words[1] >= 10) != (words[-1] >= 26)
+        assert all(18 <= w <= 21 for w in words[2:-1:2])
+    assert 0.4 < labels.float().mean() < 0.6
+    of = batches(ids, labels, 3, 128)
+    assert torch.equal(of(1)[0][0], of(1)[0][0])
+    assert not torch.equal(of(0)[0][0], of(1)[0][0])
+
+
+def test_one_range_for_a_whole_layer() -> None:
+    pytest.importorskip("transformers")
+    net = q_bert.DigitBert(layers=2, width=16, heads=2)
+    formats = dict(q_bert.layerwise(net, 2, 0, 1e-3, 0).formats)
+    tops = {f.observer.top for p, f in formats.items() if "encoder" in p and isinstance(f.observer, q_bert.Shared)}
+    assert len(tops) == 2
+    assert len(q_bert.matrices(net)) == 12
+    weight = net.get_parameter(q_bert.matrices(net)[0]).detach()
+    form = formats[q_bert.matrices(net)[0]]
+    assert isinstance(form, Int)
+    assert float(form.fake(weight).abs().max()) <= max(tops) * 4 / 3 + 1e-6
+    assert set(q_bert.embeddings(net)) >= {"rows.weight"}
