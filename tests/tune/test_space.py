@@ -69,3 +69,18 @@ def test_a_spiking_network_may_run_for_fewer_timesteps():
         assert plan.steps
     assert model.timesteps == 4
     assert not [p for p in recipe_space(nn.Sequential(nn.Linear(4, 4))).points() if p["format"] == "timesteps"]
+
+
+def test_convolutions_may_run_in_bytes_and_wide_layers_in_factors():
+    from hasten.nn.product.instructions import has_bytes
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 512), nn.Linear(512, 10))
+    points = list(recipe_space(model).points())
+    assert any(p["format"] == "int8-network" for p in points) == has_bytes()
+    removed = [p for p in points if p.get("remove")]
+    assert removed
+    assert all(p.get("keep", "none") == "none" for p in removed)
+    recipe = recipe_of(removed[0], model)
+    assert [t.name for t in recipe.techniques] == ["truncated-svd", "weight-precision"]
+    assert recipe.techniques[0].skip == ("3",)
+    assert not [p for p in recipe_space(MODEL).points() if p.get("remove")]

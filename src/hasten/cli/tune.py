@@ -35,6 +35,9 @@ def tune(
     ] = None,
     time_limit: Annotated[str, typer.Option("--time-limit", help="How long to search, such as 2min.")] = "2min",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the workload.")] = 0,
+    power: Annotated[
+        float | None, typer.Option("--power", help="Watts under load, for an energy bound where there is no meter.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="For a module: write the best recipe as YAML.")
     ] = None,
@@ -60,7 +63,8 @@ def tune(
             from hasten.tune.model import tune as tune_module
 
             example = examples(input_shape, input_dtype, "cpu")
-            result = tune_module(build(model), [example], budget, storage=storage, time_limit=limit, progress=told)
+            result = tune_module(build(model), [example], budget, storage=storage, time_limit=limit, power=power,
+                                 progress=told)  # fmt: skip
             page = None
         else:
             from hasten.tune.language import search

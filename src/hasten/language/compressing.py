@@ -224,7 +224,7 @@ def _score(scores: Any, unit: tuple[str, ...]) -> float:
 
 
 def _relaxed(widths: dict[str, int], order: Sequence[tuple[str, ...]]) -> Iterator[dict[str, int]]:
-    """The plan, then ever wider ones: of the narrow units the most sensitive get the next width, a quarter at a time."""
+    """The plan, then wider ones: of the narrow units the most sensitive get the next width, a quarter at a time."""
     current = dict(widths)
     yield current
     for narrow, wide in ((4, 8), (8, 16)):

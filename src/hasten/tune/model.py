@@ -20,10 +20,11 @@ from hasten.budget import Budget
 from hasten.clock import Clock, MonotonicClock
 from hasten.compress import Plan, Recipe
 from hasten.errors import ConfigurationError
+from hasten.measure import energy as energies
 from hasten.measure.counting import call
 from hasten.measure.latency import Comparison, Protocol, compare
 from hasten.measure.machine import Machine
-from hasten.measure.memory import model_bytes
+from hasten.measure.memory import model_bytes, rise
 from hasten.measure.stats import summarise
 from hasten.tune.frontier import Axis, Candidate, Frontier
 from hasten.tune.search import Outcome, Search
@@ -31,6 +32,7 @@ from hasten.tune.space import Point, Space, recipe_of, recipe_space
 
 __all__ = ["TuneResult", "fidelity", "tune"]
 
+_MEASURED = {"latency", "quality", "size", "throughput", "memory", "energy"}
 _BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
@@ -129,22 +131,26 @@ class _Bench:
         tokens: int,
         protocol: Protocol,
         clock: Clock,
+        power: float | None = None,
     ) -> None:
         self.model, self.data, self.budget = model, data, budget
-        self.quality, self.tokens, self.protocol, self.clock = quality, tokens, protocol, clock
+        self.quality, self.tokens, self.protocol, self.clock, self.power = quality, tokens, protocol, clock, power
         self.reference = quality(model) if quality is not None else 1.0
         if quality is not None and not self.reference > 0:
             raise ConfigurationError(
                 f"the unchanged model's quality is {self.reference}; give a positive one that is larger when better"
             )
+        self.metrics = {b.metric for b in budget.bounds}
         self.percentiles = sorted({50.0, 99.0} | {b.percentile for b in budget.bounds if b.percentile is not None})
         self.size = model_bytes(model)
 
     def build(self, point: Point) -> tuple[nn.Module, Plan]:
-        return recipe_of(point, self.model, self.tokens).apply(self.model)
+        return recipe_of(point, self.model, self.tokens).apply(self.model, self.data)
 
     def predict(self, point: Point) -> Mapping[str, float] | None:
         """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
+        if point["format"] == "int8-network" or point.get("remove"):
+            return None  # convolutions shrink too, or layers by how much their ranks say
         if point["format"] not in _BITS:  # unchanged weights
             return {"size": float(self.size)}
         bits, saved = _BITS[point["format"]], 0.0
@@ -188,11 +194,30 @@ class _Bench:
             kept = fidelity(self.model, model, self.data)
         size = float(model_bytes(model))
         return {
+            **self.bounded(model, summary.at(50.0), size),
             **{f"latency@p{q:g}": summary.at(q) for q in self.percentiles},
             "quality": kept,
             "size": size,
             "throughput": 1 / summary.mean if summary.mean else float("inf"),
         }
+
+    def bounded(self, model: nn.Module, seconds: float, size: float) -> dict[str, float]:
+        """Memory and joules of one call, only where the budget bounds them."""
+        found: dict[str, float] = {}
+
+        def run() -> None:
+            with torch.inference_mode():
+                call(model, self.data[0])
+
+        if "memory" in self.metrics:
+            found["memory"] = size + rise(run)
+        if "energy" in self.metrics:
+            meter = energies.detect_meter()
+            if meter is not None:
+                found["energy"] = energies.measure_energy(run, meter, clock=self.clock).joules
+            elif self.power is not None:
+                found["energy"] = energies.tdp(seconds, self.power).joules
+        return found
 
 
 def _judge(budget: Budget) -> Callable[[Mapping[str, float]], list[str]]:
@@ -211,6 +236,7 @@ def tune(
     time_limit: float | None = 120.0,
     protocol: Protocol | None = None,
     tokens: int | None = None,
+    power: float | None = None,
     clock: Clock | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> TuneResult:
@@ -220,23 +246,29 @@ def tune(
     a function of a model that is larger when better; without it the fidelity of the output counts. ``storage``: an
     SQLite file, so that a killed search goes on where it was. ``tokens``: rows that a linear layer sees at a time,
     taken from the first example where it is not given. The model is set to eval mode while it is tuned and is otherwise
-    untouched. Energy and memory bounds are refused here, since they are not measured per candidate: bound ``size``.
+    untouched. Memory (weights and what one call takes) and energy are measured where the budget bounds them; without a
+    meter the energy is ``power`` (watts) times the median time.
     """
     if isinstance(budget, str):
         budget = Budget.parse(budget)
     if not data:
         raise ConfigurationError("tuning needs at least one example; give data=[example]")
-    unknown = sorted({b.metric for b in budget.bounds} - {"latency", "quality", "size", "throughput"})
+    unknown = sorted({b.metric for b in budget.bounds} - _MEASURED)
     if unknown:
         raise ConfigurationError(
-            f"tune does not measure {', '.join(unknown)} per candidate; bound latency, quality, size or throughput"
+            f"tune does not measure {', '.join(unknown)} per candidate; bound {', '.join(sorted(_MEASURED))}"
+        )
+    if any(b.metric == "energy" for b in budget.bounds) and power is None and energies.detect_meter() is None:
+        raise ConfigurationError(
+            "this machine has no energy meter that may be read; give power= (--power), its watts under load, so that "
+            "energy is power times time"
         )
     clock = clock or MonotonicClock()
     rules = protocol or Protocol(min_samples=60, min_time=0.4, max_time=20.0)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        bench = _Bench(model, data, budget, quality, tokens or _rows(data[0]), rules, clock)
+        bench = _Bench(model, data, budget, quality, tokens or _rows(data[0]), rules, clock, power)
         chosen = space or recipe_space(model)
         axes = (Axis(_latency_key(budget)), Axis("quality", maximise=True, kind="ratio"))
         search = Search(
@@ -278,7 +310,7 @@ def _conclude(
             return TuneResult(best, frontier, Recipe(), bench.model, best, bench.budget, storage)
         steps = tuple(best.detail.get("plan", {}).get("steps", ()))
         recipe = replace(recipe_of(best.knobs, bench.model, bench.tokens), plan=Plan(steps))
-        new, _ = recipe.apply(bench.model)
+        new, _ = recipe.apply(bench.model, bench.data)
         comparison = bench.compare(new, best.name)
         values = bench.values(new, comparison, best.name)
         broken = tuple(bench.budget.violations(values))

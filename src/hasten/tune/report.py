@@ -81,6 +81,17 @@ def of_result(result: TuneResult) -> Report:
         report.section("Confirmed", "The best candidate and the unchanged model, measured in turns in one fresh run.")
         samples = {n: s.times for n, s in result.comparison.samples.items()}
         report.plot(plots.ecdf(samples), "Every call of both.")
+    plan = result.recipe.plan
+    if plan is not None and plan.steps:
+        report.section("Layers", "What became of each layer, technique by technique; kept layers are left out.")
+        names = [getattr(t, "name", type(t).__name__) for t in result.recipe.techniques]
+        rows = [
+            [layer, name, action]
+            for name, step in zip(names, plan.steps, strict=False)
+            for layer, action in step.items()
+            if action != "kept"
+        ]
+        report.table(["layer", "technique", "now"], rows)
     report.section("Recipe")
     for line in result.recipe.to_yaml().splitlines()[:40]:
         report.text(line)

@@ -15,7 +15,10 @@ from typing import Any
 from torch import nn
 
 from hasten.compress import Recipe, WeightPrecision, available
+from hasten.compress.int8 import Int8Network
+from hasten.compress.lowrank.truncated import TruncatedSvd
 from hasten.errors import ConfigurationError
+from hasten.nn.product.instructions import has_bytes
 
 __all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space"]
 
@@ -93,26 +96,40 @@ class Space:
         return {k.name: list(k.choices) for k in self.knobs}
 
 
+_WIDE = 256
+"""Least side of a matrix that low-rank factors are tried for."""
+_REMOVED = (0.0, 0.25, 0.5)
+"""Shares of such a matrix that factors take away."""
 _KEEP = ("none", "first", "last", "first and last")
 
 
 def recipe_space(model: nn.Module) -> Space:
-    """Weight formats with a kernel on this machine, group sizes of int4, and which end layers keep their precision.
+    """Weight formats with a kernel on this machine, group sizes of int4, which end layers keep their precision, and how
+    much of the linear layers low-rank factors take away before.
 
-    A spiking network may also run for fewer timesteps.
+    A convolutional network may also run in bytes as a whole, a spiking network for fewer timesteps.
     """
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
     groups = tuple(int(k.name.partition("-g")[2]) for k in available() if k.precision == "int4" and "-g" in k.name)
     keep = _KEEP if len(linears) > 2 else _KEEP[:1]
     fewer = _fewer_timesteps(model)
-    choices = ("unchanged", *(formats if linears else ()), *(("timesteps",) if fewer else ()))
+    convolutions = has_bytes() and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    choices = (
+        "unchanged",
+        *(("int8-network",) if convolutions else ()),
+        *(formats if linears else ()),
+        *(("timesteps",) if fewer else ()),
+    )
+    wide = [m for m in model.modules() if type(m) is nn.Linear and min(m.weight.shape) >= _WIDE]
     knobs = [Knob("format", choices)]
     if fewer:
         knobs.append(Knob("timesteps", fewer, lambda p: p["format"] == "timesteps"))
     if groups:
         knobs.append(Knob("group", groups, lambda p: p["format"] == "int4"))
     knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
+    if wide:  # factors of small matrices cost a call more than they save
+        knobs.append(Knob("remove", _REMOVED, lambda p: p["format"] in formats and p.get("keep", "none") == "none"))
     return Space(tuple(knobs))
 
 
@@ -133,10 +150,15 @@ def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
         from hasten.spiking.timesteps import Timesteps  # the room is loaded only for its own networks
 
         return Recipe((Timesteps(point["timesteps"]),))
+    if point["format"] == "int8-network":
+        return Recipe((Int8Network(),))
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     kept = {"none": (), "first": linears[:1], "last": linears[-1:], "first and last": (linears[0], linears[-1])}
     skip = tuple(dict.fromkeys(kept[point.get("keep", "none")]))
     technique = WeightPrecision(point["format"], group_size=point.get("group", 32), skip=skip, tokens=tokens)
+    if point.get("remove"):
+        small = [n for n, m in model.named_modules() if type(m) is nn.Linear and min(m.weight.shape) < _WIDE]
+        return Recipe((TruncatedSvd(ratio=point["remove"], skip=tuple(small)), technique))
     return Recipe((technique,))
 
 
