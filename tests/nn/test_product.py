@@ -122,3 +122,17 @@ def test_tiles_give_the_product(rows, out, inner):
     tiles.multiply(x.view(torch.uint16).numpy(), packed, bias.numpy(), result)
     expected = x.float() @ weight.float().t() + bias
     torch.testing.assert_close(torch.from_numpy(result), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not tiles.granted(), reason="this processor has no matrix tiles")
+@pytest.mark.parametrize(("rows", "out", "inner"), [(16, 64, 128), (45, 130, 384), (130, 70, 256)])
+def test_tiles_of_bytes_give_the_same_bits(rows, out, inner):
+    from hasten.nn.product import int8
+
+    weight, x = draw(out, inner, rows, 3)
+    packed = int8.pack(weight.float().numpy())
+    one, other = np.empty((rows, out), np.float32), np.empty((rows, out), np.float32)
+    bias = np.random.default_rng(0).standard_normal(out).astype(np.float32)
+    int8.multiply(words(x), packed, bias, one)
+    tiles.multiply_bytes(words(x), packed, bias, other)
+    np.testing.assert_array_equal(one, other)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.compress.packed import LinearKernel, Packed
-from hasten.nn.product import FORMATS, supported
+from hasten.nn.product import FORMATS, supported, tiles
 
 __all__ = ["codes_product", "panel_kernels", "panel_product", "panels_of_codes", "takes"]
 
@@ -42,12 +42,13 @@ def _pack(weight: Tensor, precision: str) -> tuple[Any, ...]:
 def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, width: int, fixed: bool = False) -> Tensor:
     """x (rows, in) bfloat16, contiguous -> (rows, width) bfloat16; see :func:`panel_product` for ``fixed``."""
     out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
-    module = _module(precision)
-    if precision == "bf16" and not fixed:
-        from hasten.nn.product import tiles
-
-        module = tiles if x.shape[0] >= tiles.FEWEST and tiles.granted() else module
-    module.multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
+    multiply = _module(precision).multiply
+    if precision != "int4" and x.shape[0] >= tiles.FEWEST and tiles.granted():
+        if precision == "bf16" and not fixed:
+            multiply = tiles.multiply
+        elif precision == "int8" and tiles.takes_bytes(arrays[0].shape[1] * 4):
+            multiply = tiles.multiply_bytes
+    multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
     return out
 
 

@@ -96,6 +96,7 @@ def pack(
         found = None if scales is None else codes_product(weight.codes, scales, weight.format.bits, bias)
         if found is not None:
             kind, product, packed, num_bytes = found
+            kind = _with_tiles(kind, in_features, deterministic)
             return PackedLinear(
                 product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
             )
@@ -103,7 +104,7 @@ def pack(
     out_features, in_features = weight.shape
     if weight.device.type == "cpu" and takes(precision, out_features, in_features):
         product, packed, num_bytes = panel_product(weight, precision, bias, fixed=deterministic)
-        kind = "bf16-tiles" if precision == "bf16" and not deterministic and tiles.granted() else precision
+        kind = _with_tiles(precision, in_features, deterministic)
         return PackedLinear(
             product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
         )
@@ -120,6 +121,12 @@ def pack(
         product, num_bytes = quantized_product(weight, precision, bias)
         return PackedLinear(product, in_features, out_features, num_bytes, tile)
     raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+
+
+def _with_tiles(precision: str, inputs: int, deterministic: bool) -> str:
+    """The kernel of the stack for a precision: with matrix tiles where the processor has them and bits may differ."""
+    suits = {"bf16": not deterministic, "int8": tiles.takes_bytes(inputs)}.get(precision, False)
+    return f"{precision}-tiles" if suits and tiles.granted() else precision
 
 
 def _integer(weight: Quantized) -> bool:

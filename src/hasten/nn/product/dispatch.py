@@ -44,7 +44,7 @@ def array_at(address: Any, count: Any) -> Any:
 
 def describe(precision: str, packed: Any, bias: Any, out_features: int, in_features: int) -> Any:
     """The numbers of a matrix: (FIELDS,) int64. The arrays must outlive them."""
-    kind = {"bf16": BF16, "bf16-tiles": BF16, "int8": INT8, "int4": INT4}[precision]
+    kind = {"bf16": BF16, "bf16-tiles": BF16, "int8": INT8, "int8-tiles": INT8, "int4": INT4}[precision]
     weights, scales = packed if kind == INT8 else (packed, None)
     at = [0 if a is None else a.ctypes.data for a in (weights, scales, bias)]
     return np.array([kind, out_features, in_features, *at, _leaf(precision).address], np.int64)
@@ -111,6 +111,20 @@ def _int8_leaf(
     int8.panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
 
 
+def _int8_tiles_leaf(
+    outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(_pointer(inputs), (5,), np.int64)
+    widest, quads = where[4], (ins + 3) // 4
+    groups = (widest + int4.INPUTS - 1) // int4.INPUTS
+    x = carray(_pointer(where[1]), (rows, widest), np.int8)
+    starts = carray(_pointer(where[2]), (rows, groups), np.int32)
+    scales = carray(_pointer(where[3]), (rows, groups), np.float32)
+    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
+    target = carray(_pointer(out), (rows, outs), np.float32)
+    tiles.byte_panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
+
+
 def _int4_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
@@ -126,11 +140,11 @@ def _int4_leaf(
     int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=5)
 def _leaf(precision: str) -> Any:
     """The compiled part of one precision. It is called through its address: code that contains a call of it is then
     compiled without it, and a precision that nobody uses is not compiled at all."""
-    leaves = {"bf16": _bf16_leaf, "bf16-tiles": _bf16_tiles_leaf, "int8": _int8_leaf, "int4": _int4_leaf}
+    leaves = {"bf16": _bf16_leaf, "bf16-tiles": _bf16_tiles_leaf, "int8": _int8_leaf, "int8-tiles": _int8_tiles_leaf, "int4": _int4_leaf}
     return cfunc(_LEAF, cache=True, error_model="numpy")(leaves[precision])
 
 

@@ -20,7 +20,7 @@ from hasten.nn.product import instructions as avx
 from hasten.nn.product.activations import quantise_rows
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
-__all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "unpack"]
+__all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "stretch", "unpack"]
 
 INPUTS = 128
 """Inputs that share a scale of the activations."""
@@ -49,7 +49,7 @@ def _emit(
 
 
 @intrinsic
-def _stretch(
+def stretch(
     typing: Any, x: Any, x_stride: Any, side: Any, weights: Any, groups: Any, quads: Any, starts: Any, scales: Any,
     sums: Any, count: Any,
 ) -> Any:  # fmt: skip
@@ -101,7 +101,7 @@ def panels(
         for group in range(0, groups, _SPAN):
             quad = group * _QUADS
             beside = begin * side + group * 4
-            _stretch(x_base + begin * x_stride + quad * 4, x_stride, side, base + (panel * quads + quad) * PANEL * 4,
+            stretch(x_base + begin * x_stride + quad * 4, x_stride, side, base + (panel * quads + quad) * PANEL * 4,
                      min(_SPAN, groups - group), min(_SPAN * _QUADS, quads - quad), starts.ctypes.data + beside,
                      scales.ctypes.data + beside, sums.ctypes.data, count)  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)

@@ -1,9 +1,10 @@
-"""Many rows times a bfloat16 matrix on processors with matrix tiles (AMX), from the same panels as a few rows.
+"""Many rows times a bfloat16 or int8 matrix on processors with matrix tiles (AMX), from the panels of a few rows.
 
 A panel's 16 input pairs of 16 outputs are a tile as they lie, 256 bytes from pair to pair, and so are 32 inputs of 16
 rows of activations. Blocks of 32 rows and 32 outputs keep four tiles of sums; rows and inputs that fill no tile go
-through :mod:`bfloat16`. Tiles add in another order than registers do, so with them a row's last bits depend on how many
-rows there are; whoever wants them not to uses :mod:`bfloat16` alone.
+through :mod:`bfloat16` and :mod:`int8`. Tiles add floats in another order than registers do, so with bfloat16 a row's
+last bits depend on how many rows there are; whoever wants them not to uses :mod:`bfloat16` alone. Sums of bytes are
+exact, and scaled in the order of :mod:`int8`: the same bits.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from numba.extending import intrinsic
 
 from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
+from hasten.nn.product import int8
+from hasten.nn.product.activations import quantise_rows
 from hasten.nn.product.bfloat16 import stretch
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 
-__all__ = ["FEWEST", "granted", "multiply", "panels"]
+__all__ = ["FEWEST", "byte_panels", "granted", "multiply", "multiply_bytes", "panels", "takes_bytes"]
 
 FEWEST = 16
 """Rows from which tiles are used."""
@@ -60,8 +63,11 @@ def _configure(builder: Any) -> None:
     _run(builder, "ldtilecfg ($0)", builder.ptrtoint(place, ir.IntType(64)))
 
 
-def _block(builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any) -> None:
-    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64)."""
+def _block(
+    builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: bool
+) -> None:
+    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), or written there
+    where they are ``fresh``."""
     line = ir.Constant(ir.IntType(64), PANEL * 4)
     rows = [builder.add(x, scaled(builder, x_stride, 16 * i)) for i in range(halves)]
     for side in range(2):
@@ -71,7 +77,10 @@ def _block(builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps
             for j in range(2)
         ]
         for tile, where in places:
-            _run(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
+            if fresh:
+                _run(builder, f"tilezero %tmm{tile}")
+            else:
+                _run(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
         with cgutils.for_range(builder, steps) as loop:
             along = scaled(builder, loop.index, LINE)
             panel = builder.add(weights, scaled(builder, loop.index, _PAIRS * PANEL * 4))
@@ -82,15 +91,21 @@ def _block(builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps
                 _run(builder, f"tileloadd ($0,$1,1), %tmm{6 + j}", at, line)
             for i in range(halves):
                 for j in range(2):
-                    _run(builder, f"tdpbf16ps %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
+                    _run(builder, f"{dot} %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
         for tile, where in places:
             _run(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
 
 
-@intrinsic
-def _tiles(typing: Any, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, sixteens: Any) -> Any:
-    """16 * ``sixteens`` rows times ``steps`` tiles of a panel's inputs, added to ``sums``."""
+def _tiles_of(dot: str, fresh: bool) -> Any:
+    @intrinsic
+    def tiles_of(typing: Any, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, sixteens: Any) -> Any:
+        """16 * ``sixteens`` rows times ``steps`` tiles of a panel's inputs, to ``sums``; see :func:`_block`."""
+        return types.void(*[types.intp] * 6), _generator(dot, fresh)
 
+    return tiles_of
+
+
+def _generator(dot: str, fresh: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_stride, weights, steps, sums, sixteens = arguments
         _configure(builder)
@@ -102,15 +117,19 @@ def _tiles(typing: Any, x: Any, x_stride: Any, weights: Any, steps: Any, sums: A
         two = ir.Constant(sixteens.type, 2)
         with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
             rows, target = at(scaled(builder, loop.index, 2))
-            _block(builder, 2, rows, x_stride, weights, steps, target)
+            _block(builder, 2, rows, x_stride, weights, steps, target, dot, fresh)
         odd = builder.icmp_signed("!=", builder.srem(sixteens, two), ir.Constant(sixteens.type, 0))
         with builder.if_then(odd):
             rows, target = at(builder.sub(sixteens, ir.Constant(sixteens.type, 1)))
-            _block(builder, 1, rows, x_stride, weights, steps, target)
+            _block(builder, 1, rows, x_stride, weights, steps, target, dot, fresh)
         _run(builder, "tilerelease")
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), generate
+    return generate
+
+
+_tiles = _tiles_of("tdpbf16ps", False)
+_byte_tiles = _tiles_of("tdpbsud", True)  # signed activations, unsigned weights
 
 
 @njit(cache=True, error_model="numpy")
@@ -163,3 +182,79 @@ def _multiply(x: Any, weights: Any, bias: Any, out: Any, parts: int) -> None:
 def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
     """``out = x @ W.T + bias``; see :func:`hasten.nn.product.bfloat16.multiply`."""
     _multiply(x, weights, bias, out, numba.get_num_threads())
+
+
+def takes_bytes(inputs: int) -> bool:
+    """Whether a matrix of int8 has whole groups of inputs, as tiles want them."""
+    return inputs % int8.INPUTS == 0
+
+
+@njit(cache=True, fastmath={"contract"}, error_model="numpy")
+def _add_scaled(totals: Any, starts: Any, scales: Any, group: int, sums: Any) -> None:
+    """sums[row] += scale[row] * (start[row] + totals[row]), rounded once, as the registers do."""
+    for row in range(len(totals)):
+        start, scale = starts[row, group], scales[row, group]
+        line, target = totals[row], sums[row]
+        for i in range(PANEL):
+            target[i] = np.float32(line[i] + start) * scale + target[i]
+
+
+@njit(cache=True, error_model="numpy")
+def byte_panels(
+    x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, first: int, last: int
+) -> None:
+    """As :func:`hasten.nn.product.int8.panels`, for whole groups of inputs."""
+    rows, width = out.shape
+    parts = (rows + GROUP - 1) // GROUP
+    quads = weights.shape[1]
+    groups = quads * 4 // int8.INPUTS
+    span = int8.INPUTS // 4
+    sums = np.empty((min(rows, GROUP), PANEL), np.float32)
+    totals = np.empty((GROUP, PANEL), np.int32)
+    base, x_base, x_stride, side = weights.ctypes.data, x.ctypes.data, x.strides[0], scales.strides[0]
+    for item in range(first, last):
+        panel, begin = item // parts, (item % parts) * GROUP
+        count = min(GROUP, rows - begin)
+        tiled = count // 16 * 16
+        sums[:count] = 0
+        for group in range(groups):
+            if tiled > 0:
+                _byte_tiles(
+                    x_base + begin * x_stride + group * int8.INPUTS, x_stride,
+                    base + (panel * quads + group * span) * PANEL * 4, span // 16, totals.ctypes.data, tiled // 16,
+                )  # fmt: skip
+                _add_scaled(totals[:tiled], starts[begin:], scales[begin:], group, sums)
+        if tiled < count:
+            beside = (begin + tiled) * side
+            int8.stretch(
+                x_base + (begin + tiled) * x_stride, x_stride, side, base + panel * quads * PANEL * 4, groups, quads,
+                starts.ctypes.data + beside, scales.ctypes.data + beside, sums.ctypes.data + tiled * PANEL * 4,
+                count - tiled,
+            )  # fmt: skip
+        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
+        for row in range(count):
+            target, line = out[begin + row], sums[row]
+            if len(bias) > 0:
+                for i in range(low, high):
+                    store(target, i, line[i - low] * weight_scales[i] + bias[i])
+            else:
+                for i in range(low, high):
+                    store(target, i, line[i - low] * weight_scales[i])
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _multiply_bytes(
+    x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, parts: int
+) -> None:
+    items = weights.shape[0] * ((out.shape[0] + GROUP - 1) // GROUP)
+    for part in prange(parts):
+        byte_panels(
+            x, starts, scales, weights, weight_scales, bias, out, items * part // parts, items * (part + 1) // parts
+        )
+
+
+def multiply_bytes(x: Any, weights: tuple[Any, Any], bias: Any, out: Any) -> None:
+    """As :func:`hasten.nn.product.int8.multiply`, for whole groups of inputs: the same bits."""
+    packed, weight_scales = weights
+    q, starts, scales = quantise_rows(x, packed.shape[1] * 4, int8.INPUTS, int8.ZERO)
+    _multiply_bytes(q, starts, scales, packed, weight_scales, bias, out, numba.get_num_threads())
