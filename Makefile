@@ -27,7 +27,7 @@ demo: $(VENV)/.runtime
 	@$(BIN)/hasten demo
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.test
 	@$(BIN)/ruff check .

@@ -110,7 +110,10 @@ def convolutions(weights: Path | None, threads: int) -> None:
           f"SQNR {small.report.measured['sqnr']:.1f} dB")  # fmt: skip
     for batch in (1, 64):
         x = torch.randn(batch, 3, 32, 32)
-        calls: dict[str, Callable[[], Any]] = {"torch eager": lambda x=x: model(x), "hasten bytes": lambda x=x: small(x)}
+        calls: dict[str, Callable[[], Any]] = {
+            "torch eager": lambda x=x: model(x),
+            "hasten bytes": lambda x=x: small(x),
+        }
         calls |= onnx_runs(model, images, x, threads)
         found = times(calls)
         bars = {"torch eager": 1.5, "onnxruntime int8": 1.0} if batch == 1 else {}
@@ -179,7 +182,9 @@ def search(limit: float) -> None:
     import hasten
 
     torch.manual_seed(0)
-    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.GELU())], nn.Linear(1024, 64)).eval()
+    model = nn.Sequential(
+        *[m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.GELU())], nn.Linear(1024, 64)
+    ).eval()
     data = [torch.randn(4, 1024)]
     budget = "quality>98%"
     began = clock.now()

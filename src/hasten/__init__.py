@@ -16,13 +16,31 @@ from hasten.budget import SLO, Budget
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
-    from hasten import compress, language, measure, nn, retrieve, serve, spiking, studies, testing, train, tune
+    from hasten import (
+        compress,
+        diffusion,
+        events,
+        frozen,
+        language,
+        measure,
+        nn,
+        retrieve,
+        serve,
+        spiking,
+        studies,
+        testing,
+        train,
+        tune,
+    )
 
 __all__ = [
     "SLO",
     "Budget",
     "HastenError",
     "compress",
+    "diffusion",
+    "events",
+    "frozen",
     "language",
     "measure",
     "nn",

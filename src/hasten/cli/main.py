@@ -47,6 +47,7 @@ def _build() -> None:
     _bench.command("serve")(importlib.import_module("hasten.cli.bench").bench_serve)
     _bench.command("speculate")(importlib.import_module("hasten.cli.speculate").bench_speculate)
     _bench.command("attention")(importlib.import_module("hasten.cli.speculate").bench_attention)
+    _bench.command("load")(importlib.import_module("hasten.cli.load").bench_load)
     app.add_typer(_bench, name="bench")
     for name in _INDEX:
         _index.command(name)(getattr(importlib.import_module("hasten.cli.index"), name))

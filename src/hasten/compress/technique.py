@@ -8,6 +8,7 @@ before and after. Techniques are named in a registry, so a recipe can be read ba
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -109,6 +110,21 @@ class Technique(Protocol):
 
 
 _TECHNIQUES: dict[str, type[Any]] = {}
+_MODULES = {
+    "acm": "hasten.compress.acm",
+    "clustering": "hasten.compress.cluster",
+    "deep-compression": "hasten.compress.deep",
+    "int8-network": "hasten.compress.int8",
+    "maestro": "hasten.compress.lowrank.maestro",
+    "magnitude-pruning": "hasten.compress.prune",
+    "mixed-precision": "hasten.compress.quantize.mixed",
+    "modular": "hasten.compress.lowrank.modular",
+    "quantize": "hasten.compress.quantize",
+    "quantize-aware": "hasten.compress.quantize",
+    "svdquant": "hasten.compress.lowrank.svdquant",
+    "truncated-svd": "hasten.compress.lowrank.truncated",
+}
+"""Where a technique of this room is defined; a recipe that names it imports it."""
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -135,14 +151,17 @@ def from_dict(entry: dict[str, Any]) -> Technique:
     if not isinstance(entry, dict) or "technique" not in entry:
         raise ConfigurationError(f"{entry!r} names no technique; write technique: weight-precision and its knobs")
     name = entry["technique"]
+    if name not in _TECHNIQUES and name in _MODULES:
+        importlib.import_module(_MODULES[name])  # registers itself
     if name not in _TECHNIQUES:
-        raise ConfigurationError(f"there is no technique {name!r}; known are {', '.join(sorted(_TECHNIQUES))}")
+        known = ", ".join(sorted({*_TECHNIQUES, *_MODULES}))
+        raise ConfigurationError(f"there is no technique {name!r}; known are {known}")
     cls = _TECHNIQUES[name]
-    known = {f.name for f in fields(cls)}
+    names = {f.name for f in fields(cls)}
     knobs = {k: read(v) for k, v in entry.items() if k != "technique"}
-    unknown = sorted(set(knobs) - known)
+    unknown = sorted(set(knobs) - names)
     if unknown:
-        raise ConfigurationError(f"{name} has no knob {', '.join(unknown)}; its knobs are {', '.join(sorted(known))}")
+        raise ConfigurationError(f"{name} has no knob {', '.join(unknown)}; its knobs are {', '.join(sorted(names))}")
     missing = sorted(f.name for f in fields(cls) if f.name not in knobs and default_of(f) is MISSING)
     if missing:
         raise ConfigurationError(f"{name} needs {', '.join(missing)}; add the knob to the recipe")

@@ -11,7 +11,7 @@ hardware.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -224,7 +224,7 @@ def accuracy_and_hardware(scale: Scale) -> Iterator[Check]:
             model,
             given,
             lambda m, i=images: accuracy(m, i[2], i[3]),  # type: ignore[misc]
-            bits=(4, 8) if scale.quick and kind == "transformer" else range(3, 9),
+            bits=_bits(scale, where, kind),
             steps=TECHNIQUES if kind == "transformer" else ((),),
             observer=Mse(steps=40),
             progress=report,
@@ -252,6 +252,13 @@ def accuracy_and_hardware(scale: Scale) -> Iterator[Check]:
     yield Check("LUTs of a multiply-accumulate, E2M1, sums of 256", cost.luts, "", "", None, f"told only: {terms}")
 
 
+def _bits(scale: Scale, where: str, kind: str) -> Sequence[int]:
+    """Widths that are tried: all on digits, the even ones where an evaluation takes seconds."""
+    if scale.quick and kind == "transformer":
+        return (4, 8)
+    return range(3, 9) if where == "digits" else (4, 6, 8)
+
+
 def _widths(told: str, kind: str, front: FormatFront, whole: float) -> Iterator[Check]:
     """Best float and integer of a width."""
     by_width: dict[int, list[Candidate]] = {}
@@ -273,7 +280,7 @@ def _widths(told: str, kind: str, front: FormatFront, whole: float) -> Iterator[
 
 def _layer_errors(told: str, model: nn.Module, given: list[Tensor], scale: Scale) -> Iterator[Check]:
     """Share of layers whose output error GPTQ and learned rounding reduce."""
-    steps: dict[str, Step] = {"GPTQ": Gptq(), "learned rounding": LearnedRounding(scale.choose(100, 1000))}
+    steps: dict[str, Step] = {"GPTQ": Gptq(), "learned rounding": LearnedRounding(scale.choose(100, 400))}
     for fmt in (Int(4, PerChannel(0)), MiniFloat(2, 1, granularity=PerChannel(0))):
         plain = Quantize(fmt, None, [_Nearest()], real="never")(model, given).report
         base = {r.layer: r.error for r in plain.layers if r.touched}  # type: ignore[union-attr]

@@ -252,7 +252,7 @@ def cpu_time(scale: Scale) -> Iterator[Check]:
             times = {n: s.summary.minimum for n, s in compare(calls, rules).samples.items()}
         yield Check.at_least(
             f"int8 over float32, {rows} x {size} x {size}", times["fp32"] / times["int8-dynamic"], 3.0, "×",
-            f"{threads} threads, float32 inputs, least of several, weight in cache; float32 {times['fp32'] * 1e6:.0f} us",
+            f"{threads} threads, float32 inputs, least of several, warm weight; float32 {times['fp32'] * 1e6:.0f} us",
         )  # fmt: skip
     weight, x = torch.randn(256, 256, generator=generator) / 16, torch.randn(1, 256, generator=generator)
     with torch.inference_mode():
@@ -321,7 +321,7 @@ def gpu_time() -> Iterator[Check]:
 
 study = Study(
     system="quantization-survey",
-    claim="Integers of 8 and 4 bits keep accuracy with the right granularity and range, at a fourth or an eighth of the size.",
+    claim="Integers of 8 and 4 bits keep accuracy with the right granularity, at a fourth or an eighth of the size.",
     published={
         "float to 4 bits or fewer": "potential 16x in memory footprint and latency (abstract)",
         "practice": "4x to 8x often realised (abstract)",

@@ -3,7 +3,7 @@
 "The Tiny Time-series Transformer: Low-latency High-throughput Classification of Astronomical Transients using Deep
 Model Compression", Allam, Peloton and McEwen 2023, arXiv:2303.08951. Trained on light curves that are simulated here
 (PLAsTiCC is not within reach); real ZTF alerts and simulated ELAsTiCC alerts are streamed where they are present.
-TensorFlow's formats are not compared: a pickled module, a torch.export archive and ONNX take their place.
+Fine-tuning follows the float model's outputs. A pickled module, torch.export and ONNX stand for TensorFlow's files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(scale: Scale) -> Iterator[Check]:
     x, y, xt, yt = made["short"][held:], made["kind"][held:], made["grid"][:held], made["kind"][:held]
     yield from brightness(seen, kinds, held)
     settings = scale.choose(
-        quick={"epochs": 6, "tuning": 3}, full={"epochs": 14, "tuning": 10},
+        quick={"epochs": 6, "tuning": 3}, full={"epochs": 14, "tuning": 8},
     )  # fmt: skip
     nets = []
     seeds = range(scale.seed, scale.seed + scale.choose(quick=1, full=3))
@@ -166,7 +166,15 @@ def train_t2(x: Tensor, y: Tensor, *, epochs: int, seed: int, checkpoint: Path) 
 def compress_t2(x: Tensor, y: Tensor, *, epochs: int, seed: int, checkpoint: Path, **weights: Tensor) -> dict[str, Any]:
     """The compressed model, and what one shot without fine-tuning gives."""
     model = t2_of({name.replace("/", "."): value for name, value in weights.items()})
-    loss = balanced_cross_entropy(class_weights(y, len(CLASSES)))
+    weights_of_classes = class_weights(y, len(CLASSES))
+
+    def loss(student: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy to what the float model says, which keeps its doubts as labels would not."""
+        with torch.no_grad():
+            wanted = torch.softmax(model(batch[0]), -1)
+        each = -(wanted * torch.log_softmax(student(batch[0]), -1)).sum(-1)
+        return (weights_of_classes[batch[1]] * each).mean()
+
     shot: Any = DeepCompression(epochs=0)(model)
     technique = DeepCompression(epochs=epochs, rate=5e-3, seed=seed)
     tiny: Any = technique(model, batches_of(x, y, seed), loss=loss)

@@ -32,11 +32,11 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         for place in range(1, per_byte):
             packed |= rows[:, place] << (place * bits)
         return packed
-    shifts = torch.arange(bits, dtype=torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=flat.device)
     single = ((flat[:, None] >> shifts) & 1).reshape(-1)
     short = -len(single) % 8
     eights = torch.nn.functional.pad(single, (0, short)).view(-1, 8)
-    return (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -44,7 +44,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]  # type: ignore[no-any-return]
-    single = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)[: count * bits]
-    return (single.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    single = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).reshape(-1)[
+        : count * bits
+    ]
+    return (single.view(count, bits) << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(
+        1, dtype=torch.uint8
+    )

@@ -39,7 +39,7 @@ def _nearest(x: Tensor, levels: Tensor) -> Tensor:
     if levels.shape[:-1].numel() == 1:
         return torch.bucketize(x.contiguous(), middle.reshape(-1))
     # A lower level at a tie, as bucketize does. K is small, so counting the middles below costs K passes.
-    index = torch.zeros(x.shape, dtype=torch.int64)
+    index = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
     for k in range(middle.shape[-1]):
         index += x > middle[..., k]
     return index
@@ -69,7 +69,7 @@ class _Listed(Format):
     def neighbours(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The levels around ``x``."""
         levels = self.levels(scale)
-        above = torch.zeros(x.shape, dtype=torch.int64)
+        above = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
         for k in range(levels.shape[-1]):
             above += x >= levels[..., k]
         last = levels.shape[-1] - 1
@@ -129,20 +129,20 @@ class Codebook(_Listed):
 
     def levels(self, scale: Tensor) -> Tensor:
         """Entries times the scale."""
-        return scale[..., None] * torch.tensor(self.entries, dtype=scale.dtype)
+        return scale[..., None] * torch.tensor(self.entries, dtype=scale.dtype, device=scale.device)
 
     def round_to(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """Search in the unscaled list: one lookup for all groups."""
-        entries = torch.tensor(self.entries, dtype=scale.dtype)
+        entries = torch.tensor(self.entries, dtype=scale.dtype, device=scale.device)
         return entries[_nearest(x / scale, entries)] * scale
 
     def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """Index, uint8."""
-        return _nearest(x / scale, torch.tensor(self.entries, dtype=scale.dtype)).to(torch.uint8)
+        return _nearest(x / scale, torch.tensor(self.entries, dtype=scale.dtype, device=scale.device)).to(torch.uint8)
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """Entry times scale."""
-        return torch.tensor(self.entries, dtype=scale.dtype)[codes.long()] * scale
+        return torch.tensor(self.entries, dtype=scale.dtype, device=scale.device)[codes.long()] * scale
 
 
 class _Learned(_Listed):
@@ -164,7 +164,7 @@ class _Learned(_Listed):
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """A list over a range alone: evenly spaced. :meth:`find` fits it to the tensor."""
-        steps = torch.linspace(0, 1, 2**self.bits, dtype=low.dtype)
+        steps = torch.linspace(0, 1, 2**self.bits, dtype=low.dtype, device=low.device)
         return low[..., None] + (high - low)[..., None] * steps, None
 
     def find(self, x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -221,11 +221,14 @@ class KMeans(_Learned):
         count = 2**self.bits
         values, order = rows.sort(dim=1)
         mass = weights.gather(1, order).clamp(min=1e-12).cumsum(1)
-        wanted = (torch.arange(count, dtype=mass.dtype) + 0.5) / count * mass[:, -1:]
+        wanted = (torch.arange(count, dtype=mass.dtype, device=mass.device) + 0.5) / count * mass[:, -1:]
         place = torch.searchsorted(mass, wanted.contiguous()).clamp(max=rows.shape[1] - 1)
         centres = values.gather(1, place)
         # Half quantiles, half an even grid: quantiles alone leave the tails without a centre.
-        even = torch.linspace(0, 1, count, dtype=rows.dtype) * (values[:, -1:] - values[:, :1]) + values[:, :1]
+        even = (
+            torch.linspace(0, 1, count, dtype=rows.dtype, device=rows.device) * (values[:, -1:] - values[:, :1])
+            + values[:, :1]
+        )
         centres = ((centres + even) / 2).sort(dim=1).values
         for _ in range(self.iterations):
             middle = ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous()
@@ -276,7 +279,7 @@ class BinaryCode(_Learned):
             alphas.append(alpha)
             rest = rest - alpha[:, None] * torch.where(rest < 0, -1.0, 1.0)
         alpha = torch.stack(alphas, 1)
-        signs = self.signs.to(rows.dtype)
+        signs = self.signs.to(rows)
         best, least = alpha, torch.full((len(rows),), torch.inf, dtype=rows.dtype)
         for _ in range(self.iterations):
             sums = alpha @ signs.t()
@@ -290,7 +293,7 @@ class BinaryCode(_Learned):
             gram = torch.einsum("rn,rni,rnj->rij", weights, codes, codes)
             right = torch.einsum("rn,rn,rni->ri", weights, rows, codes)
             ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-            gram = gram + ridge[:, None, None] * torch.eye(self.bits, dtype=rows.dtype)
+            gram = gram + ridge[:, None, None] * torch.eye(self.bits, dtype=rows.dtype, device=rows.device)
             alpha = torch.linalg.solve(gram, right[..., None])[..., 0]
         return best
 
@@ -301,12 +304,12 @@ class BinaryCode(_Learned):
 
     def levels(self, scale: Tensor) -> Tensor:
         """The signed sums of the α, which are the scale."""
-        return (scale @ self.signs.t().to(scale.dtype)).sort(dim=-1).values
+        return (scale @ self.signs.t().to(scale)).sort(dim=-1).values
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Halves of the largest magnitude; :meth:`find` fits α to the tensor."""
         top = torch.maximum(-low, high)[..., None]
-        return top * 2.0 ** -torch.arange(1, self.bits + 1, dtype=low.dtype), None
+        return top * 2.0 ** -torch.arange(1, self.bits + 1, dtype=low.dtype, device=low.device), None
 
 
 @named_value

@@ -48,7 +48,7 @@ def upper_factor(hessian: Tensor, damp: float) -> Tensor:
     """
     inner = hessian.shape[-1]
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(inner, dtype=hessian.dtype)
+    eye = torch.eye(inner, dtype=hessian.dtype, device=hessian.device)
     for _ in range(_TRIES):
         lower, info = torch.linalg.cholesky_ex(hessian + (damp * mean)[..., None, None] * eye)
         if not bool((info > 0).any()):

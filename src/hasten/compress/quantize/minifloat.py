@@ -172,7 +172,7 @@ class MiniFloat(Format):
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         """The value of each code, from a table."""
-        return (_table(self)[codes.to(torch.int64) & (2**self.bits - 1)] * scale).float()
+        return (_table(self).to(codes.device)[codes.to(torch.int64) & (2**self.bits - 1)] * scale).float()
 
 
 @lru_cache(maxsize=64)

@@ -201,15 +201,17 @@ class Entropy(Observer):
         safe = torch.where(top > 0, top, torch.ones_like(top))
         index = (points.values.abs() / safe[:, None] * self.bins).long().clamp(max=self.bins - 1)
         weights = points.weights if points.weights is not None else torch.ones_like(points.values)
-        counts = torch.zeros(len(top), self.bins, dtype=torch.float64).scatter_add_(1, index, weights.double())
+        counts = torch.zeros(len(top), self.bins, dtype=torch.float64, device=top.device).scatter_add_(
+            1, index, weights.double()
+        )
         counts[:, 0] -= torch.where(points.values == 0, weights, torch.zeros_like(weights)).double().sum(1)
         counts = counts.clamp_(min=0)
         # In units of a row's largest magnitude all rows have the same bins, hence the same rounding.
-        centres = (torch.arange(self.bins, dtype=points.low.dtype) + 0.5) / self.bins
-        best = torch.full((len(top),), torch.inf, dtype=torch.float64)
+        centres = (torch.arange(self.bins, dtype=points.low.dtype, device=top.device) + 0.5) / self.bins
+        best = torch.full((len(top),), torch.inf, dtype=torch.float64, device=top.device)
         chosen = torch.ones_like(top)
         for stop in range(max(16, self.bins // 16), self.bins + 1, 16):
-            limit = torch.full((1, 1), stop / self.bins, dtype=centres.dtype)
+            limit = torch.full((1, 1), stop / self.bins, dtype=centres.dtype, device=top.device)
             scale, zero = grid.parameters(-limit, limit)
             value = grid.round_to(centres[None, :stop], scale, zero)[0]
             _, code = torch.unique(value, return_inverse=True)
@@ -218,8 +220,8 @@ class Entropy(Observer):
             true[:, -1] += counts[:, stop:].sum(1)
             holds = (inside > 0).double()
             levels = int(code.max()) + 1
-            mass = torch.zeros(len(top), levels, dtype=torch.float64).index_add_(1, code, inside)
-            number = torch.zeros(len(top), levels, dtype=torch.float64).index_add_(1, code, holds)
+            mass = torch.zeros(len(top), levels, dtype=torch.float64, device=top.device).index_add_(1, code, inside)
+            number = torch.zeros(len(top), levels, dtype=torch.float64, device=top.device).index_add_(1, code, holds)
             spread = (mass / number.clamp(min=1))[:, code] * holds
             p = true / true.sum(1, keepdim=True).clamp(min=1e-30)
             q = spread / spread.sum(1, keepdim=True).clamp(min=1e-30)
@@ -241,7 +243,7 @@ class LsqInit(Observer):
         """The range that the format maps onto its largest value."""
         weights = points.weights if points.weights is not None else torch.ones_like(points.values)
         mean = (points.values.abs() * weights).sum(1) / points.count.clamp(min=1)
-        one = torch.ones(1, 1, dtype=mean.dtype)
+        one = torch.ones(1, 1, dtype=mean.dtype, device=mean.device)
         largest = (one / grid.parameters(-one, one)[0].reshape(-1)[0]).reshape(())  # values per step of the grid
         reach = 2 * mean * largest.sqrt()
         negative = points.low < 0
@@ -315,12 +317,12 @@ class Watch:
         needed = torch.exp2(torch.ceil(torch.log2(top.clamp(min=1e-30)))).clamp(min=2.0**-100)
         if self.batches == 0:
             self._reach = needed
-            self._counts = torch.zeros(len(rows), _BINS, dtype=torch.float64)
+            self._counts = torch.zeros(len(rows), _BINS, dtype=torch.float64, device=rows.device)
         while bool((self._reach < needed).any()):
             grow = self._reach < needed
             quarter = _BINS // 4
             merged = self._counts[grow].unflatten(1, (-1, 2)).sum(2)
-            wider = torch.zeros(len(merged), _BINS, dtype=torch.float64)
+            wider = torch.zeros(len(merged), _BINS, dtype=torch.float64, device=merged.device)
             wider[:, quarter : 3 * quarter] = merged
             self._counts[grow] = wider
             self._reach = torch.where(grow, self._reach * 2, self._reach)
@@ -333,7 +335,7 @@ class Watch:
             raise DataError("nothing was observed; run the calibration inputs first")
         if not self.observer.needs_points:
             return Points(torch.empty(len(self._low), 0), None, self._low, self._high)
-        centres = (torch.arange(_BINS, dtype=torch.float64) + 0.5) / (_BINS / 2) - 1
+        centres = (torch.arange(_BINS, dtype=torch.float64, device=self._low.device) + 0.5) / (_BINS / 2) - 1
         values = (self._reach[:, None] * centres).float()
         values = torch.minimum(torch.maximum(values, self._low[:, None]), self._high[:, None])
         return Points(values, self._counts.float(), self._low, self._high)

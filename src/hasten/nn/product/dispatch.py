@@ -144,7 +144,13 @@ def _int4_leaf(
 def _leaf(precision: str) -> Any:
     """The compiled part of one precision. It is called through its address: code that contains a call of it is then
     compiled without it, and a precision that nobody uses is not compiled at all."""
-    leaves = {"bf16": _bf16_leaf, "bf16-tiles": _bf16_tiles_leaf, "int8": _int8_leaf, "int8-tiles": _int8_tiles_leaf, "int4": _int4_leaf}
+    leaves = {
+        "bf16": _bf16_leaf,
+        "bf16-tiles": _bf16_tiles_leaf,
+        "int8": _int8_leaf,
+        "int8-tiles": _int8_tiles_leaf,
+        "int4": _int4_leaf,
+    }
     return cfunc(_LEAF, cache=True, error_model="numpy")(leaves[precision])
 
 
