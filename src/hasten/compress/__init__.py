@@ -57,10 +57,10 @@ if TYPE_CHECKING:
         load,
         save,
     )
-    from hasten.compress.quantize.compare import compare
     from hasten.compress.quantize.allocate import BitPlan, MixedPrecision
     from hasten.compress.quantize.augmented import AugmentedHessian
     from hasten.compress.quantize.bisect import BisectPrecision
+    from hasten.compress.quantize.compare import compare
     from hasten.compress.quantize.layer_latency import layer_latency
     from hasten.compress.quantize.mixed import MixedQuantize
     from hasten.compress.quantize.selection import RowGroups, head_groups
