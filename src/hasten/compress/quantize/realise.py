@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hasten.clock import Clock
 from hasten.compress import kernels
 from hasten.compress.packed import Packed
+from hasten.compress.panels import panels_of_codes
 from hasten.compress.precision import PackedLinear
 from hasten.compress.quantize.base import Format, Quantized
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -83,54 +84,16 @@ def _lay_out(weight: Quantized, name: str) -> Packed:
     shape = (weight.shape[0], weight.shape[1])
     if name in ("int8-weight", "int8-dynamic"):
         return Packed((weight.codes.contiguous(), weight.scales.reshape(-1).contiguous()), shape)
-    if name == "int8-panels":
-        return _panels_of_bytes(weight)
-    if name == "int4-panels":
-        return _panels_of_halves(weight)
+    if name in ("int8-panels", "int4-panels"):
+        precision = name.partition("-")[0]
+        arrays = panels_of_codes(weight.codes, weight.scales, precision)
+        return Packed(tuple(torch.from_numpy(a) for a in arrays), shape, 0 if precision == "int8" else 32)
     size = _group(weight.format)
     codes = (weight.codes.to(torch.int32) + 8).contiguous()
     stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scale = weight.scales.t().contiguous()
     both = torch.stack([scale, torch.zeros_like(scale)], dim=-1).to(torch.bfloat16).contiguous()
     return Packed((stored, both), shape, size)
-
-
-def _panels_of_bytes(weight: Quantized) -> Packed:
-    """The inverse of ``int8.unpack`` for given codes and scales; packing a float weight would round it again."""
-    from hasten.nn.product.blocks import PANEL as panel
-    from hasten.nn.product.blocks import aligned
-    from hasten.nn.product.int8 import ZERO
-
-    out, inner = weight.shape
-    quads = -(-inner // 4)
-    padded = np.full((-(-out // panel) * panel, quads * 4), ZERO, np.uint8)
-    padded[:out, :inner] = (weight.codes.to(torch.int16) + ZERO).to(torch.uint8).numpy()
-    packed = aligned((len(padded) // panel, quads, panel, 4), np.uint8)
-    packed[:] = padded.reshape(-1, panel, quads, 4).transpose(0, 2, 1, 3)
-    scales = weight.scales.reshape(-1).contiguous()
-    return Packed((torch.from_numpy(packed), scales), (out, inner))
-
-
-def _panels_of_halves(weight: Quantized) -> Packed:
-    """The inverse of ``int4.unpack`` for given codes and scales."""
-    from hasten.nn.product import int4
-    from hasten.nn.product.blocks import PANEL as panel
-    from hasten.nn.product.blocks import aligned
-
-    out, inner = weight.shape
-    group = int4.INPUTS
-    panels, groups = -(-out // panel), -(-inner // group)
-    codes = np.full((panels * panel, groups * group), int4.ZERO, np.uint8)
-    codes[:out, :inner] = (weight.codes.to(torch.int16) + int4.ZERO).to(torch.uint8).numpy()
-    halves = codes.reshape(panels, panel, groups, int4._PARTS, 2, 4).transpose(0, 2, 3, 4, 1, 5)
-    packed = aligned((panels, groups, int4.BYTES), np.uint8)
-    packed[:, :, : panel * group // 2] = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).reshape(panels, groups, -1)
-    scales = np.zeros((panels * panel, groups), np.float16)
-    scales[:out] = weight.scales.numpy()
-    packed[:, :, panel * group // 2 :] = np.ascontiguousarray(
-        scales.reshape(panels, panel, groups).transpose(0, 2, 1)
-    ).view(np.uint8)
-    return Packed((torch.from_numpy(packed),), (out, inner), group)
 
 
 def _scales_of(packed: Packed, name: str) -> Tensor:
