@@ -45,10 +45,10 @@ def test_panels_are_the_inverse_of_their_unpacking() -> None:
     torch.manual_seed(0)
     weight = torch.randn(80, 64)
     bytes_ = Int(8, PerChannel(0)).quantize(weight * 0.7, *Int(8, PerChannel(0)).find(weight))
-    packed = real._panels_of_bytes(bytes_)
+    packed = real._lay_out(bytes_, "int8-panels")
     assert torch.equal(torch.from_numpy(int8.unpack(*(t.numpy() for t in packed.tensors), 80, 64)), bytes_.dequantize())
     halves = Int(4, PerGroup(1, 32)).quantize(weight)
-    packed = real._panels_of_halves(halves)
+    packed = real._lay_out(halves, "int4-panels")
     assert torch.equal(torch.from_numpy(int4.unpack(packed.tensors[0].numpy(), 80, 64)), halves.dequantize())
     assert torch.equal(real._scales_of(packed, "int4-panels"), halves.scales)
 
