@@ -206,7 +206,7 @@ def _built(candidate: Any, model: nn.Module) -> nn.Module:
     from hasten.tune.space import recipe_of
 
     if candidate.name not in _made:
-        _made[candidate.name] = recipe_of(candidate.knobs, model, 4).apply(model, [torch.randn(4, 1024)])[0]
+        _made[candidate.name] = recipe_of(candidate.knobs, model, 4).apply(model)[0]
     return _made[candidate.name]
 
 

@@ -145,7 +145,11 @@ class _Bench:
         self.size = model_bytes(model)
 
     def build(self, point: Point) -> tuple[nn.Module, Plan]:
-        return recipe_of(point, self.model, self.tokens).apply(self.model, self.data)
+        return recipe_of(point, self.model, self.tokens).apply(self.model, self.calibration(point))
+
+    def calibration(self, point: Point) -> Sequence[Any] | None:
+        """The data, for ranges of activations alone: what fits matrices to them would then be judged on them."""
+        return self.data if point["format"] == "int8-network" else None
 
     def predict(self, point: Point) -> Mapping[str, float] | None:
         """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
@@ -310,7 +314,7 @@ def _conclude(
             return TuneResult(best, frontier, Recipe(), bench.model, best, bench.budget, storage)
         steps = tuple(best.detail.get("plan", {}).get("steps", ()))
         recipe = replace(recipe_of(best.knobs, bench.model, bench.tokens), plan=Plan(steps))
-        new, _ = recipe.apply(bench.model, bench.data)
+        new, _ = recipe.apply(bench.model, bench.calibration(best.knobs))
         comparison = bench.compare(new, best.name)
         values = bench.values(new, comparison, best.name)
         broken = tuple(bench.budget.violations(values))
