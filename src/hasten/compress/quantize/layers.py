@@ -7,6 +7,7 @@ compute the same function up to float32 rounding.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, cast
 
@@ -52,24 +53,24 @@ class ActivationQuantizer(nn.Module):
         return f"{self.format.label}, {'static' if self.scale is not None else 'dynamic'}"
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module, ABC):
     """What the quantised layers share: their weight as codes, and a plain layer with the same weight."""
 
     bias: Tensor | None
     activation: ActivationQuantizer | None
 
+    @abstractmethod
     def quantized(self) -> Quantized:
         """The weight (out, inputs of an output) as codes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """A float layer of the same function, for ``torch.export``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def packed_bytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        raise NotImplementedError
 
 
 class Simulated(QuantizedLayer):

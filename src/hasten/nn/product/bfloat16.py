@@ -19,7 +19,7 @@ from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
-__all__ = ["multiply", "pack", "panels", "stretch", "unpack"]
+__all__ = ["multiply", "pack", "panels", "stretch", "unpack", "write_sums"]
 
 _SPAN = 512
 """Input pairs of a stretch (128 KiB of weights)."""
@@ -57,6 +57,19 @@ def stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: 
 
 
 @njit(cache=True, error_model="numpy")
+def write_sums(sums: Any, count: int, bias: Any, out: Any, start: int, low: int, high: int) -> None:
+    """Outputs ``low`` to ``high`` of rows ``start`` on: sums (count, 64) plus bias, in the type of ``out``."""
+    for row in range(count):
+        target, line = out[start + row], sums[row]
+        if len(bias) > 0:
+            for i in range(low, high):
+                store(target, i, line[i - low] + bias[i])
+        else:
+            for i in range(low, high):
+                store(target, i, line[i - low])
+
+
+@njit(cache=True, error_model="numpy")
 def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> None:
     """Items ``first`` to ``last`` of the product: an item is one group of rows times one panel.
 
@@ -75,15 +88,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
         for pair in range(0, pairs, _SPAN):
             stretch(x_base + start * x_stride + pair * 4, x_stride, base + (panel * pairs + pair) * PANEL * 4,
                      min(_SPAN, pairs - pair), sums.ctypes.data, count)  # fmt: skip
-        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        for row in range(count):
-            target, line = out[start + row], sums[row]
-            if len(bias) > 0:
-                for i in range(low, high):
-                    store(target, i, line[i - low] + bias[i])
-            else:
-                for i in range(low, high):
-                    store(target, i, line[i - low])
+        write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
 
 
 @njit(cache=True, parallel=True, error_model="numpy")

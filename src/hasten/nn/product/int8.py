@@ -20,7 +20,7 @@ from hasten.nn.product import instructions as avx
 from hasten.nn.product.activations import quantise_rows
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
 
-__all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "stretch", "unpack"]
+__all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "stretch", "unpack", "write_scaled"]
 
 INPUTS = 128
 """Inputs that share a scale of the activations."""
@@ -79,6 +79,21 @@ def stretch(
 
 
 @njit(cache=True, error_model="numpy")
+def write_scaled(
+    sums: Any, count: int, weight_scales: Any, bias: Any, out: Any, begin: int, low: int, high: int
+) -> None:
+    """Outputs ``low`` to ``high`` of rows ``begin`` on: sums (count, 64) times the weights' scales, plus bias."""
+    for row in range(count):
+        target, line = out[begin + row], sums[row]
+        if len(bias) > 0:
+            for i in range(low, high):
+                store(target, i, line[i - low] * weight_scales[i] + bias[i])
+        else:
+            for i in range(low, high):
+                store(target, i, line[i - low] * weight_scales[i])
+
+
+@njit(cache=True, error_model="numpy")
 def panels(
     x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, first: int, last: int
 ) -> None:
@@ -105,14 +120,7 @@ def panels(
                      min(_SPAN, groups - group), min(_SPAN * _QUADS, quads - quad), starts.ctypes.data + beside,
                      scales.ctypes.data + beside, sums.ctypes.data, count)  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        for row in range(count):
-            target, line = out[begin + row], sums[row]
-            if len(bias) > 0:
-                for i in range(low, high):
-                    store(target, i, line[i - low] * weight_scales[i] + bias[i])
-            else:
-                for i in range(low, high):
-                    store(target, i, line[i - low] * weight_scales[i])
+        write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")

@@ -20,11 +20,10 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product import int8
 from hasten.nn.product.activations import quantise_rows
-from hasten.nn.product.bfloat16 import stretch
+from hasten.nn.product.bfloat16 import stretch, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 
 __all__ = ["FEWEST", "byte_panels", "granted", "multiply", "multiply_bytes", "panels", "takes_bytes"]
@@ -161,15 +160,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
                             count - tiled)  # fmt: skip
             else:
                 stretch(here, x_stride, there, span, sums.ctypes.data, count)
-        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        for row in range(count):
-            target, line = out[start + row], sums[row]
-            if len(bias) > 0:
-                for i in range(low, high):
-                    store(target, i, line[i - low] + bias[i])
-            else:
-                for i in range(low, high):
-                    store(target, i, line[i - low])
+        write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -232,14 +223,7 @@ def byte_panels(
                 count - tiled,
             )  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        for row in range(count):
-            target, line = out[begin + row], sums[row]
-            if len(bias) > 0:
-                for i in range(low, high):
-                    store(target, i, line[i - low] * weight_scales[i] + bias[i])
-            else:
-                for i in range(low, high):
-                    store(target, i, line[i - low] * weight_scales[i])
+        int8.write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
