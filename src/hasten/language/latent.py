@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigurationError, ModelLoadError
+from hasten.errors import ConfigurationError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import empty_decoder
+from hasten.language.decoder_files import fill, write_weights
 from hasten.language.executor import Executor, KVCache, _Layer
 from hasten.language.placement import PlacedStep, chain_placement
 from hasten.language.ragged import RaggedBatch
@@ -181,28 +182,10 @@ def save(decoder: Any, folder: str | Path, source: str | Path | None = None) -> 
 
     ``source``: the folder that it came from, for tokeniser and chat template.
     """
-    import shutil
-
-    from safetensors.torch import save_file
-
     from hasten.measure.files import write_text
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.contiguous() for k, v in decoder.state_dict().items()}
-    if decoder.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
-    draft = folder / ".model.safetensors.part"
-    save_file(state, draft)
-    draft.replace(folder / "model.safetensors")
-    config: dict[str, Any] = {}
-    if source is not None:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-        for path in Path(source).iterdir():
-            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
-                shutil.copy(path, folder / path.name)
-    else:
-        config = decoder.config.to_huggingface()
+    config = write_weights(decoder, folder, None if source is None else Path(source))
     write_text(folder / "config.json", json.dumps({**config, "hasten_latent": _shape(decoder)}, indent=1))
 
 
@@ -212,23 +195,4 @@ def read(folder: Path, config: DecoderConfig) -> Any | None:
     shape = content.get("hasten_latent")
     if shape is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    decoder = latent_decoder(config, shape)
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ModelLoadError(
-            f"{folder / 'model.safetensors'} cannot be read ({error}); convert the model again"
-        ) from None
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    try:
-        decoder.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ModelLoadError(f"the weights in {folder} do not fit their config.json ({line})") from None
-    if config.tie_embeddings:
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight
-    return decoder.eval()
+    return fill(latent_decoder(config, shape), folder, config)

@@ -15,6 +15,7 @@ import torch
 from hasten.errors import ModelLoadError
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import FeedForward, empty_decoder
+from hasten.language.decoder_files import fill, write_weights
 from hasten.language.sized import layer_sizes, plain_config
 from hasten.nn.norm import RMSNorm
 from hasten.nn.sized import SizedAttention
@@ -61,28 +62,10 @@ def save(decoder: Any, folder: str | Path, source: str | Path | None = None) -> 
 
     ``source``: the folder that it came from, for tokeniser, chat template and the fields of its ``config.json``.
     """
-    import shutil
-
-    from safetensors.torch import save_file
-
     from hasten.measure.files import write_text
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = plain_config(decoder)
-    state = {k: v.contiguous() for k, v in decoder.state_dict().items()}
-    if decoder.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
-    draft = folder / ".model.safetensors.part"
-    save_file(state, draft, metadata={"format": "pt"})
-    draft.replace(folder / "model.safetensors")
-    if source is not None:
-        config: dict[str, Any] = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-        for path in Path(source).iterdir():
-            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
-                shutil.copy(path, folder / path.name)
-    else:
-        config = decoder.config.to_huggingface()
+    folder, plain = Path(folder), plain_config(decoder)
+    config = write_weights(decoder, folder, None if source is None else Path(source))
     if plain is not None:
         config["intermediate_size"] = plain.intermediate_size
     else:
@@ -96,26 +79,4 @@ def read(folder: Path, config: DecoderConfig) -> Any | None:
     sizes = content.get("hasten_sizes")
     if sizes is None:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    decoder = sized_decoder(config, sizes)
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ModelLoadError(
-            f"{folder / 'model.safetensors'} cannot be read ({error}); convert the model again"
-        ) from None
-    if config.tie_embeddings and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    bad = next((n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
-    if bad is not None:
-        raise ModelLoadError(f"{bad} holds values that are not finite; the file is damaged, convert the model again")
-    try:
-        decoder.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ModelLoadError(f"the weights in {folder} do not fit their config.json ({line})") from None
-    if config.tie_embeddings:
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight
-    return decoder.eval()
+    return fill(sized_decoder(config, sizes), folder, config)
