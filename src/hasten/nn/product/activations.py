@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from hasten.nn.bfloat import FAST, load
+from hasten.nn.bfloat import FAST, bits_of_float, float_of_bits, load
 
 __all__ = ["quantise_row", "quantise_rows"]
 
@@ -23,15 +23,20 @@ def quantise_row(line: Any, group: int, zero: int, q: Any, start: Any, scale: An
     width = len(line)
     for number in range(len(scale)):
         low, high = number * group, min(number * group + group, width)
-        top = np.float32(0.0)
-        for i in range(low, high):
-            top = max(top, abs(load(line[i])))
+        # slices, since their indices are known not to be negative; whole numbers, since the largest float is searched
+        # for one by one: without it the bits of floats are in the order of the floats
+        part, target = line[low:high], q[low:high]
+        largest = np.uint32(0)
+        for i in range(len(part)):
+            bits = np.uint32(bits_of_float(load(part[i])) & np.uint32(0x7FFFFFFF))
+            largest = bits if bits > largest else largest
+        top = float_of_bits(largest)
         inverse = np.float32(127.0) / top if top > 0 else np.float32(0.0)
+        for i in range(len(part)):
+            target[i] = np.int8(np.int32(np.rint(load(part[i]) * inverse)))
         total = np.int32(0)
-        for i in range(low, high):
-            value = np.int32(np.rint(load(line[i]) * inverse))
-            q[i] = value
-            total += value
+        for i in range(len(target)):
+            total += np.int32(target[i])
         start[number] = -zero * total
         scale[number] = top / np.float32(127.0)
     q[width:] = 0

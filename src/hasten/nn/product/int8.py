@@ -1,7 +1,7 @@
 """A few rows times a matrix of signed bytes, one scale for each output.
 
 Weights are stored as ``w + 128`` (the instruction takes unsigned by signed), in panels of 64 outputs with four inputs
-of each output side by side. Activations become bytes too, in groups of 128 inputs (:mod:`activations`); integer sums
+of each output side by side. Activations become bytes too, in groups of 512 inputs (:mod:`activations`); integer sums
 within a group are exact, groups are added in float32 in their order, so a row's bits never depend on its neighbours.
 """
 
@@ -22,11 +22,11 @@ from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, alig
 
 __all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "stretch", "unpack", "write_scaled"]
 
-INPUTS = 128
+INPUTS = 512
 """Inputs that share a scale of the activations."""
 ZERO = 128
 """What is added to a weight, for the instruction takes it unsigned."""
-_SPAN = 16
+_SPAN = 4
 """Groups of a stretch (128 KiB of weights)."""
 _AHEAD = 24 * LINE
 _QUADS = INPUTS // 4
@@ -99,7 +99,7 @@ def panels(
 ) -> None:
     """Items ``first`` to ``last`` of the product: an item is one group of rows times one panel.
 
-    x (rows, in) int8 with ``starts`` and ``scales`` (rows, in / 128) of :func:`quantise_rows`; weights (panels, in / 4,
+    x (rows, in) int8 with ``starts`` and ``scales`` (rows, in / 512) of :func:`quantise_rows`; weights (panels, in / 4,
     64, 4) uint8 and weight_scales (out,) float32 of :func:`pack`; bias (out,) float32 or empty; out (rows, out) uint16
     or float32.
     """

@@ -107,24 +107,43 @@ def _tiles_of(dot: str, fresh: bool) -> Any:
 def _generator(dot: str, fresh: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_stride, weights, steps, sums, sixteens = arguments
-        _configure(builder)
 
         def at(number: Any) -> tuple[Any, Any]:
             row = scaled(builder, number, 16)
             return builder.add(x, builder.mul(row, x_stride)), builder.add(sums, scaled(builder, row, PANEL * 4))
 
-        two = ir.Constant(sixteens.type, 2)
+        zero, one, two = (ir.Constant(sixteens.type, n) for n in range(3))
         with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
             rows, target = at(scaled(builder, loop.index, 2))
             _block(builder, 2, rows, x_stride, weights, steps, target, dot, fresh)
-        odd = builder.icmp_signed("!=", builder.srem(sixteens, two), ir.Constant(sixteens.type, 0))
-        with builder.if_then(odd):
-            rows, target = at(builder.sub(sixteens, ir.Constant(sixteens.type, 1)))
+        with builder.if_then(builder.icmp_signed("!=", builder.srem(sixteens, two), zero)):
+            rows, target = at(builder.sub(sixteens, one))
             _block(builder, 1, rows, x_stride, weights, steps, target, dot, fresh)
-        _run(builder, "tilerelease")
         return context.get_dummy_value()
 
     return generate
+
+
+@intrinsic
+def _open(typing: Any) -> Any:
+    """Give this thread's tiles their shape, until :func:`_close`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _configure(builder)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _close(typing: Any) -> Any:
+    """Leave no tiles behind: the kernel saves those in use whenever it changes threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _run(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 _tiles = _tiles_of("tdpbf16ps", False)
@@ -139,6 +158,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
     pairs = weights.shape[1]
     sums = np.empty((min(rows, GROUP), PANEL), np.float32)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
+    _open()
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
         count = min(GROUP, rows - start)
@@ -161,6 +181,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
             else:
                 stretch(here, x_stride, there, span, sums.ctypes.data, count)
         write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
+    _close()
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -176,8 +197,8 @@ def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
 
 
 def takes_bytes(inputs: int) -> bool:
-    """Whether a matrix of int8 has whole groups of inputs, as tiles want them."""
-    return inputs % int8.INPUTS == 0
+    """Whether the inputs of a matrix of int8 fill whole tiles."""
+    return inputs % LINE == 0
 
 
 @njit(cache=True, fastmath={"contract"}, error_model="numpy")
@@ -194,15 +215,16 @@ def _add_scaled(totals: Any, starts: Any, scales: Any, group: int, sums: Any) ->
 def byte_panels(
     x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, first: int, last: int
 ) -> None:
-    """As :func:`hasten.nn.product.int8.panels`, for whole groups of inputs."""
+    """As :func:`hasten.nn.product.int8.panels`, for whole tiles of inputs."""
     rows, width = out.shape
     parts = (rows + GROUP - 1) // GROUP
     quads = weights.shape[1]
-    groups = quads * 4 // int8.INPUTS
     span = int8.INPUTS // 4
+    groups = (quads + span - 1) // span
     sums = np.empty((min(rows, GROUP), PANEL), np.float32)
     totals = np.empty((GROUP, PANEL), np.int32)
     base, x_base, x_stride, side = weights.ctypes.data, x.ctypes.data, x.strides[0], scales.strides[0]
+    _open()
     for item in range(first, last):
         panel, begin = item // parts, (item % parts) * GROUP
         count = min(GROUP, rows - begin)
@@ -212,7 +234,8 @@ def byte_panels(
             if tiled > 0:
                 _byte_tiles(
                     x_base + begin * x_stride + group * int8.INPUTS, x_stride,
-                    base + (panel * quads + group * span) * PANEL * 4, span // 16, totals.ctypes.data, tiled // 16,
+                    base + (panel * quads + group * span) * PANEL * 4, min(span, quads - group * span) // 16,
+                    totals.ctypes.data, tiled // 16,
                 )  # fmt: skip
                 _add_scaled(totals[:tiled], starts[begin:], scales[begin:], group, sums)
         if tiled < count:
@@ -224,6 +247,7 @@ def byte_panels(
             )  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
         int8.write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
+    _close()
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -238,7 +262,7 @@ def _multiply_bytes(
 
 
 def multiply_bytes(x: Any, weights: tuple[Any, Any], bias: Any, out: Any) -> None:
-    """As :func:`hasten.nn.product.int8.multiply`, for whole groups of inputs: the same bits."""
+    """As :func:`hasten.nn.product.int8.multiply`, for whole tiles of inputs: the same bits."""
     packed, weight_scales = weights
     q, starts, scales = quantise_rows(x, packed.shape[1] * 4, int8.INPUTS, int8.ZERO)
     _multiply_bytes(q, starts, scales, packed, weight_scales, bias, out, numba.get_num_threads())
