@@ -29,6 +29,7 @@ _COMMANDS = (
     ("measure", "measure", "measure"),
     ("tune", "tune", "tune"),
     ("compress", "compress", "compress"),
+    ("export", "export", "export"),
     ("serve", "serve", "serve"),
     ("study", "study", "study"),
     ("demo", "demo", "demo"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hasten.compress.acm import ACM, AdaptiveComputation
     from hasten.compress.cluster import Clustering
     from hasten.compress.deep import DeepCompression
+    from hasten.compress.export import Exported, export_onnx, export_program
     from hasten.compress.int8 import Int8Network, IntegerNetwork
     from hasten.compress.lowrank.fourbit import SvdQuantLinear, set_execution
     from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear
@@ -79,6 +80,7 @@ __all__ = [
     "Clustering",
     "Codebook",
     "DeepCompression",
+    "Exported",
     "Entropy",
     "Equalise",
     "FP8_E4M3",
@@ -133,6 +135,8 @@ __all__ = [
     "available",
     "compare",
     "decompose_pair",
+    "export_onnx",
+    "export_program",
     "exportable",
     "fastest",
     "head_groups",
@@ -153,6 +157,11 @@ _LATER = {
     ),
     "hasten.compress.cluster": ("Clustering",),
     "hasten.compress.deep": ("DeepCompression",),
+    "hasten.compress.export": (
+        "Exported",
+        "export_onnx",
+        "export_program",
+    ),
     "hasten.compress.int8": (
         "Int8Network",
         "IntegerNetwork",

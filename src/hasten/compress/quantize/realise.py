@@ -2,7 +2,7 @@
 
 A kernel counts as the same function when its weights are the codes themselves: int8 rows, or int4 groups with scales
 that its number format holds. Which activations it reads is part of its name: bfloat16 (``int8-weight``, ``int4-g32``),
-bytes per token (``int8``), bytes per 32 or 128 inputs (``int4-panels``, ``int8-panels``).
+bytes per token (``int8``), bytes per 32 or 512 inputs (``int4-panels``, ``int8-panels``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor
 from hasten.compress.quantize.integer import Int
 from hasten.compress.quantize.layers import ActivationQuantizer, IntegerLinear, QuantizedLayer, Simulated
 
-__all__ = ["KernelLinear", "candidates", "convolution", "realise"]
+__all__ = ["KernelLinear", "candidates", "codes_of", "convolution", "realise"]
 
 INTEGER = "int8"
 """Name of :class:`IntegerLinear` in reports; the table of kernels measures it as ``int8-dynamic``, its like."""
@@ -68,15 +68,19 @@ class KernelLinear(QuantizedLayer):
 
     def quantized(self) -> Quantized:
         """The codes, read back from the kernel's layout."""
-        packed, name = self.inner.packed, self.kernel_name
-        if name in ("int8-weight", "int8-dynamic"):
-            codes, scale = packed.tensors
-            return Quantized(codes, scale[:, None], None, self.format)
-        values = kernels.kernel(name).unpack(packed)
-        scale = _scales_of(packed, name)
-        if scale.dim() == 1:
-            scale = scale[:, None]
-        return self.format.quantize(values, scale)
+        return codes_of(self.inner.packed, self.kernel_name, self.format)
+
+
+def codes_of(packed: Packed, name: str, fmt: Format) -> Quantized:
+    """The codes that the kernel ``name`` reads, in their format."""
+    if name in ("int8-weight", "int8-dynamic"):
+        codes, scale = packed.tensors
+        return Quantized(codes, scale[:, None], None, fmt)
+    values = kernels.kernel(name).unpack(packed)
+    scale = _scales_of(packed, name)
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    return fmt.quantize(values, scale)
 
 
 def _lay_out(weight: Quantized, name: str) -> Packed:
