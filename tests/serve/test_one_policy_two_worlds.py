@@ -4,10 +4,12 @@ The engine runs for real (block pool, layout, sampling); its forward is replaced
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hasten.budget import SLO
 from hasten.clock import ManualClock
 from hasten.serve import IterationCost, RequestSpec, workload
 from hasten.serve.engine import Engine
@@ -48,10 +50,8 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("blocks", [600, 31])
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_engine_and_simulator_agree(policy, blocks):
-    load = workload.sample("conversation", rate=60.0, requests=40, seed=3).scaled(max_prompt=400, max_output=60)
+def agree(policy, blocks, load):
+    """Run both; the records of the engine."""
     simulated = Simulator(COST, policy, blocks=blocks).run(load)
     clock = ManualClock()
     engine = Engine(
@@ -60,13 +60,41 @@ def test_engine_and_simulator_agree(policy, blocks):
     records = replay(engine, load, [[1] * r.prompt_len for r in load], clock)
     engine.check_integrity()
     records.sort(key=lambda r: int(r.id))
-    assert len(records) == 40
+    assert len(records) == len(load)
     for real, predicted in zip(records, simulated.records, strict=True):
         assert real.token_times == pytest.approx(predicted.token_times, rel=1e-9)
         assert real.first_scheduled == pytest.approx(predicted.first_scheduled, rel=1e-9, abs=1e-12)
         assert real.preemptions == predicted.preemptions
+    return records
+
+
+@pytest.mark.parametrize("blocks", [600, 31])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_engine_and_simulator_agree(policy, blocks):
+    load = workload.sample("conversation", rate=60.0, requests=40, seed=3).scaled(max_prompt=400, max_output=60)
+    records = agree(policy, blocks, load)
     if blocks == 31 and policy.name != "request-level" and policy != Orca(max_num_seqs=16):
         assert sum(r.preemptions for r in records) > 0
+
+
+@pytest.mark.parametrize("blocks", [600, 31])
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[1], POLICIES[3]], ids=lambda p: p.name)
+def test_they_agree_on_whose_turn_it_is(policy, blocks):
+    draw = random.Random(5)
+    objectives = [None, SLO(ttft=0.05), SLO(ttft=5.0, tpot=0.01), SLO(ttft=0.5)]
+    plain = workload.sample("conversation", rate=60.0, requests=40, seed=4).scaled(max_prompt=400, max_output=60)
+    agree(policy, blocks, [replace(r, slo=draw.choice(objectives), priority=draw.choice([0, 0, 1])) for r in plain])
+
+
+def test_an_urgent_request_overtakes_those_that_may_wait():
+    patient = [RequestSpec(0.0, 300, 20, slo=SLO(ttft=10.0)) for _ in range(12)]
+    urgent = RequestSpec(0.001, 60, 20, slo=SLO(ttft=0.1))
+    records = Simulator(COST, StallFree(token_budget=64, max_num_seqs=16), blocks=600).run([*patient, urgent]).records
+    first = [r.token_times[0] for r in records]
+    assert first[-1] == min(first[1:])  # the first prompt had begun
+    late = [replace(urgent, arrival=0.001 + n / 50, slo=SLO(ttft=0.1)) for n in range(400)]
+    records = Simulator(COST, StallFree(token_budget=64, max_num_seqs=16), blocks=600).run([*patient, *late]).records
+    assert max(r.token_times[0] for r in records[:12]) < 11.0  # who may wait for 10 s is not put off for ever
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)

@@ -32,7 +32,7 @@ def export(
     """Write the model as a file for other runtimes, run the file, and compare its outputs before it is kept."""
     from rich.console import Console
 
-    from hasten.cli.measure import build, examples
+    from hasten.cli.measure import build, calibration_inputs, examples
     from hasten.compress import Recipe
     from hasten.compress.export import export_onnx, export_program
     from hasten.compress.quantize import Quantize
@@ -44,7 +44,7 @@ def export(
         raise ConfigurationError("--recipe and --scheme both say how to compress; give one")
     module = build(model).eval()
     example = examples(input_shape, input_dtype, "cpu")
-    given = [example] if calibration is None else _read(calibration, example)
+    given = [example] if calibration is None else calibration_inputs(calibration, example)
     if recipe is not None:
         module, _ = Recipe.load(recipe).apply(module, given)
     elif scheme is not None:
@@ -67,19 +67,3 @@ def export(
         f"{done.tolerance:g})",
         markup=False,
     )
-
-
-def _read(path: Path, example: Any) -> list[Any]:
-    """Rows of an array as inputs of one row each."""
-    import numpy as np
-    import torch
-
-    from hasten.errors import DataError
-
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no .npy array ({error}); write it with numpy.save") from error
-    if not isinstance(example, torch.Tensor) or array.ndim < 1 or array.shape[1:] != tuple(example.shape[1:]):
-        raise DataError(f"{path} holds {array.shape}; give (examples, {', '.join(map(str, example.shape[1:]))})")
-    return [torch.from_numpy(row[None].copy()).to(example.dtype) for row in array]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["build", "examples", "measure"]
+__all__ = ["build", "calibration_inputs", "examples", "measure"]
 
 
 def measure(
@@ -118,6 +118,22 @@ def examples(shapes: list[str] | None, dtype: str, device: str) -> Any:
         else:
             made.append(torch.zeros(shape, dtype=kind, device=device))
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def calibration_inputs(path: Path, example: Any) -> list[Any]:
+    """Rows of an array as inputs of one row each."""
+    import numpy as np
+    import torch
+
+    from hasten.errors import DataError
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no .npy array ({error}); write it with numpy.save") from error
+    if not isinstance(example, torch.Tensor) or array.ndim < 1 or array.shape[1:] != tuple(example.shape[1:]):
+        raise DataError(f"{path} holds {array.shape}; give (examples, {', '.join(map(str, example.shape[1:]))})")
+    return [torch.from_numpy(row[None].copy()).to(example.dtype) for row in array]
 
 
 def _show(console: Any, result: Any) -> None:

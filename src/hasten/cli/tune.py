@@ -41,6 +41,13 @@ def tune(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="For a module: write the best recipe as YAML.")
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option("--also", help="For a module: a recipe (YAML) to try too; repeat for more."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="For a module: example inputs (.npy) to learn from.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write one HTML file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -49,8 +56,9 @@ def tune(
     from rich.markup import escape
 
     from hasten.budget import SLO, parse_quantity
-    from hasten.cli.measure import build, examples
+    from hasten.cli.measure import build, calibration_inputs, examples
     from hasten.cli.progress import stages
+    from hasten.compress import Recipe
     from hasten.errors import ConfigurationError
 
     console = Console(stderr=json)
@@ -63,8 +71,11 @@ def tune(
             from hasten.tune.model import tune as tune_module
 
             example = examples(input_shape, input_dtype, "cpu")
-            result = tune_module(build(model), [example], budget, storage=storage, time_limit=limit, power=power,
-                                 progress=told)  # fmt: skip
+            result = tune_module(
+                build(model), [example], budget, storage=storage, time_limit=limit, power=power, progress=told,
+                recipes=[Recipe.load(path) for path in also or []],
+                calibration=None if calibration is None else calibration_inputs(calibration, example),
+            )  # fmt: skip
             page = None
         else:
             from hasten.tune.language import search

@@ -9,6 +9,7 @@ layers go back to 8 bits, then to float, until it keeps what was asked.
 from __future__ import annotations
 
 import json
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from hasten.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from hasten.language.loading import LanguageModel
 
-__all__ = ["Compressed", "TextSample", "by_scheme", "keeping", "loss_of", "read_texts"]
+__all__ = ["Compressed", "TextSample", "by_scheme", "float_decoder", "keeping", "loss_of", "read_texts"]
 
 Progress = Callable[[str, float], None]
 _BATCH = 8
@@ -137,12 +138,16 @@ def _perplexity(decoder: nn.Module, batches: Sequence[Tensor]) -> float:
         return math.exp(total / sum(len(b) for b in batches))
 
 
-def _float_decoder(model: LanguageModel) -> nn.Module:
+def float_decoder(model: LanguageModel) -> nn.Module:
+    """The decoder in float32, as techniques take it; refuses a folder of codes."""
     from hasten.language.compressed import is_compressed
 
     if model.folder is not None and is_compressed(model.folder):
         raise ConfigurationError(f"{model.name} is compressed already; give the folder that it was made of")
-    return model.decoder.float().eval()
+    decoder = model.decoder
+    if any(p.dtype is not torch.float32 for p in decoder.parameters()):
+        decoder = copy.deepcopy(decoder).float()  # the caller's model keeps its precision
+    return decoder.eval()
 
 
 def by_scheme(
@@ -154,7 +159,7 @@ def by_scheme(
     Perplexity is that of the simulated model, which the runtime's kernels follow up to the bytes of their activations.
     """
     told = progress or (lambda stage, share: None)
-    decoder = _float_decoder(model)
+    decoder = float_decoder(model)
     steps = [Gptq()] if gptq and sample is not None else []
     technique = Quantize.scheme(scheme, skip=_present(decoder, skip), steps=steps, real="never")
     calibration = list(sample.calibration) if sample is not None else None
@@ -175,7 +180,7 @@ def keeping(
     if not 0 < keep <= 1:
         raise ConfigurationError(f"keep={keep} is no share of the quality; give above 0 and at most 1, such as 0.99")
     told = progress or (lambda stage, share: None)
-    decoder = _float_decoder(model)
+    decoder = float_decoder(model)
     patterns = _present(decoder, skip)
     tuning, search = [b[:2] for b in sample.calibration[:2]], sample.calibration[-2:]
     # Pairs would cost a pass for each two layers that are near; the result is measured and relaxed anyway.

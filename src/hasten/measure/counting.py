@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from hasten.measure.memory import model_bytes, tensor_bytes
 
@@ -206,6 +205,8 @@ def _multiply_adds(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], 
     formula = _FORMULAS.get(packet)
     if formula is not None:
         return int(formula(args, result))
+    from torch.utils.flop_counter import flop_registry  # imports Triton where it is installed: 80 MiB
+
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
     return None

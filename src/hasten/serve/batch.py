@@ -41,7 +41,8 @@ class Observation:
     now: float
     """seconds on the engine's clock"""
     waiting: SequenceOf[Sequence]
-    """not admitted, in the order in which they are to be served (priority, then arrival; preempted ones first)"""
+    """not admitted, in the order in which they are to be served: priority, preempted ones first, then by the time
+    at which the first token is due"""
     running: SequenceOf[Sequence]
     """admitted, in order of admission"""
     free_blocks: int

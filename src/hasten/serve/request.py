@@ -54,9 +54,9 @@ class Sequence:
     blocks: int = 0
     """cache blocks held"""
     priority: int = 0
-    """lower is served first, as in vLLM; equal priorities by arrival"""
+    """lower is served first, as in vLLM; equal priorities by the time the first token is due"""
     slo: SLO | None = None
-    """objective of this request, where it differs from the server's"""
+    """objective of this request, or the server's"""
     status: Status = Status.WAITING
     preemptions: int = 0
     """how often the blocks were taken away to be recomputed"""
@@ -68,6 +68,12 @@ class Sequence:
     def __post_init__(self) -> None:
         if self.known == 0:
             self.known = self.prompt_len
+
+    @property
+    def due(self) -> float:
+        """When its first token is due: arrival and what its objective allows; the arrival where it has none."""
+        target = None if self.slo is None else self.slo.ttft
+        return self.arrival if target is None else self.arrival + target.limit
 
     @property
     def generated(self) -> int:

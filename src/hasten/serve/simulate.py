@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ from hasten.serve.request import Sequence, Status
 from hasten.serve.workload import RequestSpec
 
 __all__ = ["SimulatedEngine", "SimulatedSpeculation", "SimulationReport", "Simulator"]
+
+
+def _turn(seq: Sequence) -> tuple[int, bool, float, int]:
+    """Place among those that wait, as in the engine: what was preempted goes before what is new."""
+    return (seq.priority, seq.preemptions == 0, seq.due, seq.seq)
 
 
 @dataclass(frozen=True)
@@ -218,10 +224,13 @@ class SimulatedEngine:
             )
             record.finish_reason = "error"
             return False
-        seq = Sequence(seq=number, arrival=now, prompt_len=spec.prompt_len, max_tokens=spec.output_len)
+        seq = Sequence(
+            seq=number, arrival=now, prompt_len=spec.prompt_len, max_tokens=spec.output_len, priority=spec.priority,
+            slo=spec.slo,
+        )  # fmt: skip
         seq.token_times = record.token_times
         self._live[number] = seq
-        self.waiting.append(seq)
+        insort(self.waiting, seq, key=_turn)
         return True
 
     def observe(self, now: float) -> Observation:
@@ -368,7 +377,7 @@ class SimulatedEngine:
             seq.blocks = seq.computed = 0
             seq.preemptions += 1
             seq.status = Status.WAITING
-            self.waiting.insert(0, seq)
+            insort(self.waiting, seq, key=_turn)
         self.running[:] = [seq for seq in self.running if seq.status is Status.RUNNING]
 
     def check_integrity(self) -> None:

@@ -14,10 +14,13 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from hasten.budget import SLO
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import (
     ConfigurationError,
@@ -100,7 +103,7 @@ def run(link: Link, config: WorkerConfig, clock: Clock) -> None:
     gc.collect()
     gc.freeze()  # what start-up made stays; collections look at requests only
     link.send("ready", info)
-    _Loop(link, engine).run()
+    _Loop(link, engine, config.slo).run()
 
 
 def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict[str, Any]]:
@@ -142,9 +145,9 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
                 f"a KV cache of {config.cache_bytes:.0f} bytes holds no block; one block of {config.block_size} tokens "
                 f"takes {executor.bytes_per_token * config.block_size} bytes"
             )
-    budget, why = config.token_budget, ""
+    budget, why, allowed = config.token_budget, "", None
     if budget is None and config.slo is not None:
-        budget, why = _derive_budget(model, config, clock, blocks)
+        budget, why, allowed = _derive_budget(model, config, clock, blocks)
         phase("calibrate", why)
     knobs = dict(config.knobs)
     known = _knobs_of(config.policy)
@@ -154,6 +157,8 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         knobs["token_budget"] = budget
         if "max_num_seqs" in known:  # more sequences than tokens of a step would starve
             knobs["max_num_seqs"] = min(knobs["max_num_seqs"], budget)
+        if allowed is not None and "allowed" in known:
+            knobs["allowed"] = allowed
     policy = make(config.policy, **knobs)
     from hasten.language.speculate.choose import choose
 
@@ -212,11 +217,12 @@ def _knobs_of(policy: str) -> set[str]:
     return set(inspect.signature(factory if factory is not None else type(make(policy))).parameters)
 
 
-def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int | None) -> tuple[int, str]:
-    """The token budget that the SLO allows on this machine, and why."""
+def _derive_budget(
+    model: Any, config: WorkerConfig, clock: Clock, blocks: int | None
+) -> tuple[int, str, Callable[[float], int]]:
+    """The token budget that the SLO allows on this machine, why, and what tighter objectives of requests allow."""
     from pathlib import Path
 
-    from hasten.budget import SLO
     from hasten.measure.machine import busy
     from hasten.serve.cost import IterationCost
 
@@ -242,10 +248,15 @@ def _derive_budget(model: Any, config: WorkerConfig, clock: Clock, blocks: int |
             source = f"calibrated now, kept in {path}"
     context = int(model.executor.max_context)
     cache_tokens = blocks * config.block_size if blocks else None
-    choice = cost.budget_for(
-        SLO.parse(config.slo), max_num_seqs=config.max_num_seqs, context=context, cache_tokens=cache_tokens
-    )
-    return choice.token_budget, f"{choice.why}; {source}"
+    seats = config.max_num_seqs
+    choice = cost.budget_for(SLO.parse(config.slo), max_num_seqs=seats, context=context, cache_tokens=cache_tokens)
+
+    @lru_cache(maxsize=256)
+    def allowed(seconds: float) -> int:
+        own = SLO(itl=seconds)
+        return cost.budget_for(own, max_num_seqs=seats, context=context, cache_tokens=cache_tokens).token_budget
+
+    return choice.token_budget, f"{choice.why}; {source}", allowed
 
 
 def _calibration_path(model: Any) -> Any:
@@ -282,8 +293,9 @@ def _warm_up(engine: Engine) -> None:
 class _Loop:
     """Requests and news between the link and the engine."""
 
-    def __init__(self, link: Link, engine: Engine) -> None:
+    def __init__(self, link: Link, engine: Engine, slo: str | None = None) -> None:
         self._link = link
+        self._slo = SLO.parse(slo) if slo is not None else None  # of requests that bring none
         self._engine = engine
         self._names: dict[int, int] = {}  # engine's number -> front's
         self._seqs: dict[int, int] = {}  # front's -> engine's
@@ -337,7 +349,8 @@ class _Loop:
         name, tokens, params, arrival, priority, slo, leader = request
         try:
             follow = self._seqs.get(leader) if leader is not None else None
-            seq = self._engine.add(tokens, params, arrival, priority, slo, follow=follow, grammar=grammar)
+            objective = slo if slo is not None else self._slo
+            seq = self._engine.add(tokens, params, arrival, priority, objective, follow=follow, grammar=grammar)
         except (RequestError, MissingExtraError) as error:
             self._link.send("refused", name, type(error).__name__, str(error), getattr(error, "param", None))
             return

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.budget import SLO
 from hasten.errors import ConfigurationError, DataError
 
 __all__ = ["Constant", "Lengths", "LogNormal", "Normal", "RequestSpec", "Workload", "arrivals", "load", "sample"]
@@ -43,6 +44,10 @@ class RequestSpec:
     """tokens of the answer"""
     prefix: tuple[int, ...] = ()
     """names of the prompt's leading blocks; equal leading names mean a shared prefix (Mooncake: 512 tokens each)"""
+    priority: int = 0
+    """lower is served first"""
+    slo: SLO | None = None
+    """objective of this request"""
 
 
 class Lengths(Protocol):

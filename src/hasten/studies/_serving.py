@@ -274,7 +274,7 @@ def replay(
         now = clock.now() - begin
         while todo and todo[-1][0].arrival <= now:
             spec, prompt = todo.pop()
-            engine.add(prompt, _params(spec.output_len), arrival=begin + spec.arrival)
+            engine.add(prompt, _params(spec.output_len), begin + spec.arrival, priority=spec.priority, slo=spec.slo)
         if engine.has_work:
             engine.step()
         elif todo:

@@ -39,8 +39,13 @@ class Policy(Protocol):
 
 
 def rank(sequence: Sequence) -> tuple[int, float, int]:
-    """Order of service: priority, then arrival, then number. The last in rank is the first to be preempted."""
-    return (sequence.priority, sequence.arrival, sequence.seq)
+    """Order of service: priority, then when the first token is due (the arrival, where requests have no objective),
+    then number. The last in rank is the first to be preempted.
+
+    Earliest deadline first: it never changes while a sequence lives, and whoever may wait longer gives way only to
+    those who arrive within that time, so nobody starves.
+    """
+    return (sequence.priority, sequence.due, sequence.seq)
 
 
 def in_turn(sequences: Iterable[Sequence]) -> list[Sequence]:

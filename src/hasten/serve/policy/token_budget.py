@@ -2,7 +2,7 @@
 
 The time of a step follows its number of tokens, so a fixed number keeps steps near-equal: no decode waits for a whole
 prompt, and large batches cost little latency. Invariants: no step exceeds the budget; a decode that has memory is in
-every step; nobody is admitted before an earlier arrival. Two publications use the mechanism and differ in the ties:
+every step; nobody is admitted before an earlier one in rank. Two publications use the mechanism and differ in the ties:
 
 * Sarathi-Serve (Agrawal et al., OSDI 2024, arXiv:2403.02310): memory for the whole prompt is set aside at admission.
 * DeepSpeed-FastGen (Holmes et al., 2024, arXiv:2401.08671): memory piece by piece, even splits, a rule for deadlock.
@@ -11,15 +11,23 @@ every step; nobody is admitted before an earlier arrival. Two publications use t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
+from hasten.budget import SLO
 from hasten.serve.batch import Chunk, Observation, StepPlan
 from hasten.serve.policy.base import in_turn, rank, require
 from hasten.serve.request import Sequence
 
 __all__ = ["DynamicChunk", "TokenBudget"]
+
+
+def _between(slo: SLO) -> float:
+    """Seconds that may lie between two tokens."""
+    return min((t.limit for t in (slo.itl, slo.tpot) if t is not None), default=inf)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class TokenBudget:
     """share of the cache that admission leaves free while others run, so that they are not preempted at once"""
     dynamic: DynamicChunk | None = None
     """shrink the pieces of a prompt as it advances"""
+    allowed: Callable[[float], int] | None = field(default=None, compare=False, repr=False)
+    """tokens of a step that takes less than so many seconds; with it, a running request whose own objective on its
+    tokens (itl, tpot) is tighter makes the steps smaller while it runs"""
 
     def __post_init__(self) -> None:
         require(
@@ -126,7 +137,7 @@ class TokenBudget:
         self, observation: Observation, running: SequenceOf[Sequence], free: int, *, admit: bool
     ) -> tuple[list[Chunk], list[int]]:
         size = observation.block_size
-        budget = self.token_budget
+        budget = self._budget(running)
         chunks: list[Chunk] = []
         preempted: list[int] = []
         prompts: list[Sequence] = []  # admitted, with more than one token missing
@@ -190,6 +201,15 @@ class TokenBudget:
             keep = int(self.watermark * observation.total_blocks) if chunks else 0
             self._admit(observation, chunks, free - max(0, promised), room, seats, keep)
         return chunks, preempted
+
+    def _budget(self, running: SequenceOf[Sequence]) -> int:
+        """Tokens of this step: one for each running sequence at least, so that no decode waits for another."""
+        if self.allowed is None:
+            return self.token_budget
+        limit = min((_between(seq.slo) for seq in running if seq.slo is not None), default=inf)
+        if limit == inf:
+            return self.token_budget
+        return min(self.token_budget, max(self.allowed(limit), len(running), 1))
 
     def _admit(
         self, observation: Observation, chunks: list[Chunk], free: int, room: int, seats: int, keep: int
