@@ -87,6 +87,11 @@ def test_calibration_saves_steps_and_keeps_accuracy() -> None:
     assert (run.logits.argmax(-1) == y[200:]).float().mean() > 0.7
     chosen = frontier.points.best(0.1)
     assert frontier.spikes_at(policy.theta) <= frontier.spikes_at(2.0)
+    careful = frontier.best(0.1, caution=1.0)
+    assert policy.theta < careful.theta < frontier.best(0.1, caution=100.0).theta
+    at = stops(frontier.score, careful.theta)
+    lost = frontier.correct[-1].astype(float) - frontier.correct[at, range(len(at))]
+    assert lost.mean() + lost.std() / len(lost) ** 0.5 <= 0.1
     bound = frontier.oracle()
     assert bound.accuracy >= frontier.points.full.accuracy
     assert bound.mean_stages <= chosen.mean_stages
@@ -99,9 +104,9 @@ def test_smoothing_makes_confidence_equal_accuracy() -> None:
     g = torch.Generator().manual_seed(0)
     logits, labels = 5 * torch.randn(500, 4, generator=g), torch.randint(0, 4, (500,), generator=g)
     labels[:300] = logits[:300].argmax(-1)
-    alpha = smoothing(logits, labels)
-    accuracy = (logits.argmax(-1) == labels).float().mean()
-    assert (logits / alpha).softmax(-1).amax(-1).mean().item() == pytest.approx(accuracy.item(), abs=1e-3)
+    accuracy = (logits.argmax(-1) == labels).float().mean().item()
+    alpha = smoothing(logits, accuracy)
+    assert (logits / alpha).softmax(-1).amax(-1).mean().item() == pytest.approx(accuracy, abs=1e-3)
 
 
 def test_one_step_is_a_valid_run() -> None:

@@ -67,6 +67,31 @@ def test_the_usual_reading_of_a_leaky_neuron() -> None:
     assert layer.reset == "zero"
 
 
+@pytest.mark.parametrize("kind", ["lif", "synaptic", "convolution"])
+def test_snntorch_reads_the_same_spikes(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Its own importer, where it is installed; it flattens without a batch, so samples go one by one."""
+    importer = pytest.importorskip("snntorch.import_nir")
+    torch.manual_seed(0)
+    kinds = {
+        "lif": [nn.Linear(20, 30), LIF(0.9, 0.3, "zero"), nn.Linear(30, 12, bias=False), LIF(0.8, 0.2, "zero")],
+        "synaptic": [nn.Linear(20, 30), Synaptic(0.7, 0.8, threshold=0.4, reset="zero"), nn.Linear(30, 8)],
+        "convolution": [nn.Conv2d(1, 3, 3, padding=1, bias=False), LIF(0.9, 0.2, "zero"), nn.AvgPool2d(2),
+                        nn.Flatten(), nn.Linear(27, 10), LIF(0.95, 0.3, "zero")],
+    }  # fmt: skip
+    net = SpikingNetwork(kinds[kind], 25, direct=False).eval()
+    shape = (1, 6, 6) if kind == "convolution" else (20,)
+    x = (torch.rand(25, 1, *shape) < 0.4).float()
+    nir.write(tmp_path / "net.nir", to_nir(net, shape))
+    theirs, state, outs = importer.import_from_nir(nir.read(tmp_path / "net.nir")), None, []
+    with torch.no_grad():
+        for now in x[:, 0]:
+            out, state = theirs(now, state) if state is not None else theirs(now)
+            outs.append(out[0] if isinstance(out, tuple) else out)
+        ours = net.outputs(x)
+    torch.testing.assert_close(torch.stack(outs).reshape(ours.shape), ours, atol=1e-5, rtol=1e-5)
+    assert ours.abs().sum() > 0
+
+
 def test_what_has_no_form_is_named() -> None:
     soft = SpikingNetwork([nn.Linear(2, 2), LIF(0.9, reset="subtract")], 3, direct=False)
     with pytest.raises(UnsupportedModelError, match="'1'.*reset to zero"):

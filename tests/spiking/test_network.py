@@ -42,6 +42,25 @@ def test_time_first_inputs() -> None:
         model(x[:2])
 
 
+def test_pieces_of_the_time_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.spiking import network
+
+    for direct in (True, False):
+        model = net(7, direct)
+        x = torch.rand(5, 1, 12, 12) if direct else torch.rand(7, 5, 1, 12, 12)
+        whole = model.outputs(x)  # with gradients: all steps of a layer together
+        with torch.no_grad():
+            monkeypatch.setattr(network, "_HELD", 4 * 2 * x[0].numel())
+            torch.testing.assert_close(model.outputs(x), whole)
+    parts, state = [], None
+    for piece in x.split(3):
+        out, state = model.advance(piece, state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts), whole)
+    with pytest.raises(ConfigurationError, match="direct=False"):
+        net(3).advance(x)
+
+
 def test_one_step_is_a_plain_network_with_binary_activations() -> None:
     model = net(1)
     x = torch.rand(6, 1, 12, 12)

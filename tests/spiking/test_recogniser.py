@@ -10,7 +10,7 @@ import torch
 
 from hasten.errors import DataError
 from hasten.spiking import Cochlea, DelayConfig, DelayNet, Recogniser, load_recogniser
-from hasten.spiking.recogniser import RecogniserConfig
+from hasten.spiking.recogniser import RecogniserConfig, _from_onset
 from hasten.testing import StreamKit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +49,15 @@ def test_each_burst_is_one_word(theta: float) -> None:
         assert all(w.latency == pytest.approx(0.1, abs=0.011) for w in words)  # at the earliest step allowed
     else:
         assert all(w.latency > 0.3 for w in words)  # at the silence
+
+
+def test_recordings_are_moved_to_where_the_stream_begins() -> None:
+    spikes = torch.zeros(10, 3, 4)
+    spikes[3, 0], spikes[9, 0, 0], spikes[0, 2] = 1.0, 1.0, 1.0
+    moved, heard = _from_onset(spikes, 4)
+    assert heard.tolist() == [0, 2]
+    assert moved[:, 0].sum(-1).tolist() == [0, 4, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert moved[:, 1].sum(-1).tolist() == [4] + 9 * [0]
 
 
 def test_the_end_of_the_sound_decides_an_open_word() -> None:

@@ -60,6 +60,8 @@ def test_leaky_neurons_match_their_steps(reset: str, detach: bool, shape: str) -
     twin = loop(lambda now, v: lif_step(now, v, p), x, start)
     assert torch.equal(ours[0], twin[0])
     assert torch.equal(ours[1], twin[1])
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(lif_scan(x, start, p), twin, strict=True))
     assert 0.05 < ours[0].mean() < 0.9
     inputs = [x, start, decay, threshold]
     same(gradients(list(ours), inputs), gradients(list(twin), inputs))

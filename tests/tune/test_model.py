@@ -217,3 +217,32 @@ def test_a_residual_network_with_the_same_call():
     whole = next(c for c in result.frontier.candidates if c.name.startswith("int8-network"))
     assert whole.measured
     assert whole.values["quality"] > 0.9
+
+
+def test_recipes_of_the_user_join_the_space(tmp_path: Path):
+    from hasten.compress import MagnitudePruning, Quantize
+    from hasten.compress.quantize import Gptq
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    data, others = [torch.randn(8, 64)], [torch.randn(200, 64)]
+    rounded = Recipe((Quantize.scheme("W4A16", steps=(Gptq(),), real="never"),))
+    both = Recipe((MagnitudePruning(0.5), Quantize.scheme("W8A16", real="never")))
+    quick = Protocol(min_samples=3, min_time=0.0, max_time=1.0, warmup_time=0.0)
+    space = Space((Knob("format", ("unchanged",)),))
+
+    def search(**knobs: Any) -> dict[str, Any]:
+        result = tuning.tune(model, data, "quality>1%", space=space, protocol=quick, time_limit=30.0, **knobs)
+        return {c.name: c for c in result.frontier.candidates}
+
+    found = search(recipes=[rounded, both], calibration=others)
+    assert set(found) == {"unchanged", rounded.label, both.label}
+    assert all(c.measured for c in found.values())
+    assert found[rounded.label].values["quality"] > 0.8
+    blind = search(recipes=[rounded])[rounded.label]
+    assert not blind.measured
+    assert "calibration" in blind.violations[0]
+    with pytest.raises(ConfigurationError, match="give each once"):
+        search(recipes=[both, both])
+    with pytest.raises(ConfigurationError, match="not the empty one"):
+        search(recipes=[Recipe()])

@@ -15,6 +15,7 @@ from hasten.spiking.delay import DelayConfig, DelayLinear, DelayNet, DelayStream
 from hasten.spiking.delay_line import DelayLine
 from hasten.spiking.events import SpikeLinear
 from hasten.spiking.exchange import from_nir, to_nir
+from hasten.spiking.exits import Confident, DynamicConfidence, synaptic_energy
 from hasten.spiking.fit import Fitting, accuracy, fit
 from hasten.spiking.layers import IF, LIF, PLIF, Adaptive, Alpha, Leak, Neuron, Synaptic, constrain
 from hasten.spiking.network import OneStep, SpikingNetwork
@@ -26,10 +27,10 @@ from hasten.spiking.timesteps import SpikeVanishing, Stage, TimestepReduction, T
 
 __all__ = [
     "IF", "LIF", "PLIF", "SURROGATES", "Adaptive", "Alpha", "AstroConfig", "AstroLM", "AstroStream", "Cochlea",
-    "CochleaStream", "ConfidenceExit", "Decision", "DelayConfig", "DelayLine", "DelayLinear", "DelayNet", "DelayStream",
-    "DiscreteDelayLinear", "Exit", "Fitting", "Heard", "LIFParameters", "Leak", "Neuron", "Observation", "OneStep",
-    "QuantisedClip", "Recogniser", "Run", "SpikeLinear", "SpikeVanishing", "SpikingNetwork", "Stage", "Surrogate",
-    "Synaptic", "TimestepReduction", "Timesteps", "accuracy", "cochleagram", "constrain", "decay_of", "fit", "from_nir",
-    "if_step", "lif_scan", "lif_step", "load_recogniser", "quantised", "run_until", "spike", "spiking_cost", "to_nir",
-    "to_spiking",
+    "CochleaStream", "ConfidenceExit", "Confident", "Decision", "DelayConfig", "DelayLine", "DelayLinear", "DelayNet",
+    "DelayStream", "DiscreteDelayLinear", "DynamicConfidence", "Exit", "Fitting", "Heard", "LIFParameters", "Leak",
+    "Neuron", "Observation", "OneStep", "QuantisedClip", "Recogniser", "Run", "SpikeLinear", "SpikeVanishing",
+    "SpikingNetwork", "Stage", "Surrogate", "Synaptic", "TimestepReduction", "Timesteps", "accuracy", "cochleagram",
+    "constrain", "decay_of", "fit", "from_nir", "if_step", "lif_scan", "lif_step", "load_recogniser", "quantised",
+    "run_until", "spike", "spiking_cost", "synaptic_energy", "to_nir", "to_spiking",
 ]  # fmt: skip

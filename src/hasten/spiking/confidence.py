@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hasten.adapt import threshold as thresholds
 from hasten.errors import ConfigurationError
-from hasten.spiking.network import SpikingNetwork
+from hasten.spiking.network import SpikingNetwork, stateless
 
 __all__ = ["ConfidenceExit", "ConfidenceFrontier", "Decision", "Exit", "Observation", "Run", "record", "run_until"]
 
@@ -129,7 +129,8 @@ class ConfidenceExit(Exit):
             )
         logits, spikes = record(network, inputs, max_timesteps or network.timesteps, batch=batch)
         correct = (logits.argmax(-1) == labels).numpy()
-        chosen = smoothing(logits[-1], labels) if alpha is None else alpha
+        right = float(correct[-1].mean())
+        chosen = smoothing(logits[-1], right) if alpha is None else alpha
         policy = ConfidenceExit(1.0, chosen, rule)
         score = torch.stack([policy.score(o, t + 1) for t, o in enumerate(logits)]).numpy()
         return ConfidenceFrontier(
@@ -150,10 +151,9 @@ def _oracle(correct: Any) -> thresholds.Operating:
     return thresholds.Operating(float("nan"), float(at.mean() + 1), float(correct.any(0).mean()))
 
 
-def smoothing(logits: Tensor, labels: Tensor) -> float:
-    """The alpha for which mean confidence equals accuracy, by bisection on a logarithmic scale; logits (samples,
+def smoothing(logits: Tensor, wanted: float) -> float:
+    """The alpha for which the mean confidence is ``wanted``, by bisection on a logarithmic scale; logits (samples,
     classes)."""
-    wanted = float((logits.argmax(-1) == labels).float().mean())
     low, high = 1e-3, 1e4
     for _ in range(60):
         middle = (low * high) ** 0.5
@@ -179,10 +179,24 @@ class ConfidenceFrontier:
     spikes: Any
     """(timesteps, samples): hidden spikes sent up to and including each step"""
 
-    def best(self, tolerance: float | None = None) -> ConfidenceExit:
-        """The policy that saves most within the tolerance."""
-        found = self.points.best(self.tolerance if tolerance is None else tolerance)
+    def best(self, tolerance: float | None = None, caution: float = 0.0) -> ConfidenceExit:
+        """The policy that saves most within the tolerance.
+
+        With ``caution`` what it loses, plus so many standard errors of that loss, must stay within the tolerance: the
+        threshold is chosen among many on few samples, and the luckiest of them loses more on others.
+        """
+        allowed = self.tolerance if tolerance is None else tolerance
+        found = self.points.best(allowed)
+        if caution:
+            kept = [p for p in self.points.points if self._loss(p.threshold, caution) <= allowed]
+            found = min(kept, key=lambda p: p.mean_stages, default=self.points.full)
         return replace(self.policy, theta=found.threshold)
+
+    def _loss(self, theta: float, errors: float) -> float:
+        """Accuracy that stopping costs, sample by sample against all steps, plus some of its standard errors."""
+        at = thresholds.stops(self.score, theta)
+        lost = self.correct[-1].astype(np.float64) - self.correct[at, np.arange(len(at))]
+        return float(lost.mean() + errors * lost.std() / len(lost) ** 0.5)
 
     def oracle(self) -> thresholds.Operating:
         """The bound on this data."""
@@ -262,7 +276,9 @@ def run_until(network: SpikingNetwork, inputs: Tensor, policy: Exit, max_timeste
     steps = max_timesteps or network.timesteps
     size = inputs.shape[0 if network.direct else 1]
     prefix = network.constant_prefix() if network.direct else 0
-    shown = network.layers[:prefix](inputs) if prefix else inputs
+    shown = inputs
+    for layer in list(network.layers)[:prefix]:
+        shown = stateless(layer, shown)
     alive = torch.arange(size)
     state = network.init_state()
     total: Tensor | None = None

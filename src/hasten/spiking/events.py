@@ -17,10 +17,10 @@ from numba import njit, prange
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["SpikeLinear", "spike_linear"]
+__all__ = ["SpikeLinear", "spike_linear", "watched"]
 
-SPARSE_BELOW = 0.32
-"""share of ones below which adding rows is the faster form (measured with AVX-512; equal at about 0.3)"""
+SPARSE_BELOW = 0.16
+"""share of ones below which adding rows is the faster form, forward and backward together (measured with AVX-512)"""
 
 _LEAST_WORK = 1 << 20  # multiply-adds below which the dense product costs less than looking
 
@@ -122,6 +122,11 @@ class _Rows(torch.autograd.Function):
         return gx, gw, None
 
 
+def watched(model: nn.Module) -> bool:
+    """Whether somebody looks into ``model``: then every layer runs by itself over all steps, as they expect."""
+    return _counting() or any("scan" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def _counting() -> bool:
     """Whether somebody watches every operation (cost, export): then the dense form runs, which they know."""
     mode = torch.utils._python_dispatch._get_current_dispatch_mode()  # type: ignore[attr-defined]
@@ -147,6 +152,8 @@ def spike_linear(x: Tensor, weight: Tensor) -> Tensor:
 class SpikeLinear(nn.Linear):
     """``nn.Linear`` without bias for inputs that are mostly spikes; the same parameters, the same result.
 
+    The weight (out, in) lies in memory input by input, as its rows are added; a strided tensor as any other.
+
     >>> layer = SpikeLinear(4, 2)
     >>> layer(torch.tensor([[0.0, 1.0, 0.0, 0.0]])).shape
     torch.Size([1, 2])
@@ -154,6 +161,7 @@ class SpikeLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous().t())
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""

@@ -21,6 +21,7 @@ __all__ = [
     "leak_forward",
     "spike_backward",
     "spike_forward",
+    "spike_only",
 ]
 
 RESETS = {"zero": 0, "subtract": 1, "late": 2}
@@ -106,6 +107,41 @@ def spike_forward(x: Any, start: Any, decay: Any, threshold: Any, reset: int, pr
                     value = leak[i] * state[i] + row[i]
                     value = value - theta[i] if state[i] > theta[i] else value
                     u[i] = value
+                    s[i] = one if value > theta[i] else zero
+                    state[i] = value
+        last[a:b] = state
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def spike_only(x: Any, start: Any, decay: Any, threshold: Any, reset: int, spikes: Any, last: Any) -> None:
+    """:func:`spike_forward` where no gradient will be asked for: the same spikes, no potentials kept."""
+    steps, neurons = x.shape
+    for block in prange((neurons + _BLOCK - 1) // _BLOCK):
+        a = block * _BLOCK
+        b = min(neurons, a + _BLOCK)
+        state, leak, theta = np.empty(b - a, x.dtype), np.empty(b - a, x.dtype), np.empty(b - a, x.dtype)
+        _spread(decay, a, leak)
+        _spread(threshold, a, theta)
+        zero, one = x.dtype.type(0.0), x.dtype.type(1.0)
+        state[:] = start[a:b]
+        for t in range(steps):
+            row, s = x[t, a:b], spikes[t, a:b]
+            if reset == 0:
+                for i in range(b - a):
+                    value = leak[i] * state[i] + row[i]
+                    fired = value > theta[i]
+                    s[i] = one if fired else zero
+                    state[i] = zero if fired else value
+            elif reset == 1:
+                for i in range(b - a):
+                    value = leak[i] * state[i] + row[i]
+                    fired = value > theta[i]
+                    s[i] = one if fired else zero
+                    state[i] = value - theta[i] if fired else value
+            else:
+                for i in range(b - a):
+                    value = leak[i] * state[i] + row[i]
+                    value = value - theta[i] if state[i] > theta[i] else value
                     s[i] = one if value > theta[i] else zero
                     state[i] = value
         last[a:b] = state

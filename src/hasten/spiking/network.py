@@ -1,31 +1,42 @@
 """A feed-forward spiking network: stateless layers run once over all steps together, neurons run the time fused.
 
 ``network(x)`` gives logits, the mean of the last layer's output over the steps. ``direct`` coding shows the same input
-at every step, so that the layers before the first neurons run only once. ``step`` is the same network one step at a
-time, state in and state out; :mod:`hasten.spiking.confidence` stops it early.
+at every step, so that the layers before the first neurons run only once. Without gradients the time runs in pieces that
+carry their state, and only a piece of each layer is held. ``step`` is the same network one step at a time, state in and
+state out; :mod:`hasten.spiking.confidence` stops it early.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import ConfigurationError
+from hasten.spiking.chain import chain_of
+from hasten.spiking.events import watched
 from hasten.spiking.layers import Leak, Neuron
+from hasten.spiking.pool import max_pool, pools
 from hasten.spiking.surrogate import spike
 
 __all__ = ["OneStep", "SpikingNetwork", "Threshold", "over_time"]
 
+_HELD = 1 << 21  # bytes of one layer's output that a piece of the time may take
+
 
 def over_time(layer: nn.Module, x: Tensor) -> Tensor:
     """Run a layer without state on (time, batch, …) as one batch of time × batch."""
-    y: Tensor = layer(x.flatten(0, 1))
-    return y.unflatten(0, x.shape[:2])
+    return stateless(layer, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def stateless(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer without state on (batch, …)."""
+    y: Tensor = max_pool(x) if pools(layer, x) else layer(x)
+    return y
 
 
 def has_state(layer: nn.Module) -> bool:
@@ -51,6 +62,7 @@ class SpikingNetwork(nn.Module):
             raise ConfigurationError("direct coding needs a layer of neurons that turns the input into spikes")
         self.timesteps = timesteps
         self.direct = direct
+        self._tiled: list[bool] = []  # see hasten.spiking.chain
 
     def with_timesteps(self, timesteps: int) -> SpikingNetwork:
         """A copy that runs for another number of steps."""
@@ -76,18 +88,59 @@ class SpikingNetwork(nn.Module):
         …)."""
         steps = timesteps or self.timesteps
         x = self._input(x) if timesteps is None or self.direct else x
-        waiting = self.direct  # the input is the same at every step until the first neurons
-        for stateful, group in groupby(self.layers, has_state):
-            if stateful:
-                layer: Any
-                for layer in group:
-                    if waiting:
-                        x, waiting = x.expand(steps, *x.shape[1:]), False
-                    x = layer.scan(x, None)[0]
+        if torch.is_grad_enabled() or watched(self):
+            return self._through(0, x, self.init_state(), steps)[0]
+        return self._pieces(x, self.init_state(), steps)[0]
+
+    @torch.no_grad()
+    def advance(self, x: Tensor, state: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """The next steps of a stream: x (time, batch, …) from ``state`` (None is rest) -> outputs (time, batch,
+        classes), next state. The given state is not changed; without gradients."""
+        if self.direct:
+            raise ConfigurationError("a network that codes directly has no stream of inputs; make it with direct=False")
+        state = self.init_state() if state is None else state
+        if watched(self):
+            return self._through(0, x, state, len(x))
+        return self._pieces(x, state, len(x))
+
+    def _through(self, first: int, x: Tensor, state: list[Any], steps: int) -> tuple[Tensor, list[Any]]:
+        """Layers from ``first`` on, each over all steps; x has one step where the input does not change."""
+        following = list(state)
+        layer: Any
+        for index, layer in enumerate(self.layers):
+            if index < first:
+                continue
+            if has_state(layer):
+                x, following[index] = layer.scan(x.expand(steps, *x.shape[1:]), state[index])
             else:
-                part = nn.Sequential(*group).train(self.training)
-                x = over_time(part, x)
-        return x
+                x = over_time(layer, x)
+        return x.expand(steps, *x.shape[1:]), following
+
+    def _pieces(self, x: Tensor, state: list[Any], steps: int) -> tuple[Tensor, list[Any]]:
+        """As :meth:`_through`, a few steps at a time; linear chains in one fused call."""
+        if not self.direct and x.dim() == 3 and x.dtype == torch.float32 and x.device.type == "cpu":
+            chain = chain_of(list(self.layers), self._tiled)
+            result = chain.run(x, state) if chain is not None else None
+            if result is not None:
+                return result
+        first = self.constant_prefix() if self.direct else 0
+        for layer in list(self.layers)[:first]:
+            x = over_time(layer, x)
+        size = self._piece(x.shape[1:], steps)
+        outs = []
+        for begin in range(0, steps, size):
+            count = min(size, steps - begin)
+            part = x if self.direct else x[begin : begin + count]
+            out, state = self._through(first, part, state, count)
+            outs.append(out)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)), state
+
+    def _piece(self, shape: torch.Size, steps: int) -> int:
+        """Steps of a piece, by the bytes of a step of what the first neurons or layers take."""
+        numel = 1
+        for n in shape:
+            numel *= n
+        return max(1, min(steps, _HELD // max(1, 4 * numel)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (batch, classes): the accumulated output over the number of steps."""
@@ -99,7 +152,7 @@ class SpikingNetwork(nn.Module):
 
     def constant_prefix(self) -> int:
         """How many layers come before the first neurons: with direct coding they see the same input at every step."""
-        return next(i for i, layer in enumerate(self.layers) if has_state(layer))
+        return next((i for i, layer in enumerate(self.layers) if has_state(layer)), len(self.layers))
 
     def step(self, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
         """One step of x (batch, …) -> output (batch, classes), next state. The given state is not changed."""
@@ -118,7 +171,7 @@ class SpikingNetwork(nn.Module):
                 if isinstance(layer, Neuron):
                     spikes += x.flatten(1).sum(1)
             else:
-                x = layer(x)
+                x = stateless(layer, x)
         return x, following, spikes
 
     def one_step(self) -> OneStep:
@@ -161,5 +214,14 @@ class OneStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, …) -> logits (batch, classes)."""
-        logits: Tensor = self.layers(x)
-        return logits
+        skip = False
+        for layer, following in zip_longest(self.layers, list(self.layers)[1:]):
+            if skip:
+                skip = False
+            elif not pools(layer, x):
+                x = layer(x)
+            elif isinstance(following, Threshold) and following.threshold.numel() == 1:
+                x, skip = max_pool(x, float(following.threshold)), True
+            else:
+                x = max_pool(x)
+        return x

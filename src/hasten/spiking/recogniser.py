@@ -146,6 +146,20 @@ def _spikes(audio: Any, offsets: Any, chosen: Any, ear: Cochlea, steps: int) -> 
     return torch.stack(rows, 1)
 
 
+def _from_onset(spikes: Tensor, onset_spikes: int) -> tuple[Tensor, Tensor]:
+    """Recordings (steps, samples, lines) moved so that each begins where :class:`Recogniser` would begin its word, and
+    which samples (n,) have such a beginning; the end fills up with silence."""
+    steps = len(spikes)
+    counts = spikes.sum(-1)
+    pairs = counts + torch.cat([torch.zeros_like(counts[:1]), counts[:-1]])
+    begun = pairs >= onset_spikes
+    heard = begun.any(0)
+    begin = (begun.to(torch.int64).argmax(0) - 1).clamp_min(0)
+    at = torch.arange(steps).unsqueeze(1) + begin
+    moved = spikes.gather(0, at.clamp_max(steps - 1).unsqueeze(-1).expand_as(spikes))
+    return (moved * (at < steps).unsqueeze(-1))[:, heard], heard.nonzero().flatten()
+
+
 def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
     """Some spikes are lost, and some recordings end early."""
     kept = torch.rand(x.shape, generator=generator) > 0.05
@@ -165,15 +179,16 @@ def train_recogniser(
     net = DelayNet(DelayConfig(ear.lines, (64, 64), 10, 0.25, ear.step, tau=15e-3, dropout=0.3))
     net.fit(
         (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt", augment=_moved,
-        progress=lambda share: progress("training", share),
+        progress=lambda share: progress("training", share), bf16=True,
     )  # fmt: skip
     final = net.discretise()
     with torch.inference_mode():
-        spoken = _spikes(audio, offsets, valid.tolist(), ear, steps)
+        known = RecogniserConfig()
+        spoken, heard = _from_onset(_spikes(audio, offsets, valid.tolist(), ear, steps), known.onset_spikes)
         scores = final.potentials(spoken).softmax(-1).cumsum(0)
         mean = scores / torch.arange(1, steps + 1).reshape(-1, 1, 1)
-        right = mean.argmax(-1) == label[valid].long()
-        least = RecogniserConfig().least_steps
+        right = mean.argmax(-1) == label[valid[heard]].long()
+        least = known.least_steps
         frontier = calibrate(mean.amax(-1)[least - 1 :].numpy(), right[least - 1 :].numpy())
         chosen = frontier.best(0.01)
         held = final(_spikes(audio, offsets, test.tolist(), ear, steps)).argmax(-1) == label[test].long()

@@ -129,6 +129,14 @@ def lif_scan(x: Tensor, state: Tensor | None, parameters: LIFParameters) -> tupl
         return loop(lambda now, v: lif_step(now, v, parameters), x, start)
     x, start = x.contiguous(), start.contiguous()
     decay, threshold = _flat(parameters.decay, x), _flat(parameters.threshold, x)
+    if not torch.is_grad_enabled():
+        _threads()
+        spikes, last = torch.empty_like(x), torch.empty_like(start)
+        kernels.spike_only(
+            _rows(x), _array(start).reshape(-1), _array(decay), _array(threshold), kernels.RESETS[parameters.reset],
+            _rows(spikes), last.numpy().reshape(-1),
+        )  # fmt: skip
+        return spikes, last
     return _LIF.apply(x, start, decay, threshold, parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hasten.tune.search import Outcome, Search
     from hasten.tune.serving import ServingResult, simulated, tune_serving
     from hasten.tune.space import Knob, Space, recipe_space, serving_space
+    from hasten.tune.spiking import tune_spiking
 
 __all__ = [
     "Axis",
@@ -30,6 +31,7 @@ __all__ = [
     "simulated",
     "tune",
     "tune_serving",
+    "tune_spiking",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "simulated": "serving",
     "tune": "model",
     "tune_serving": "serving",
+    "tune_spiking": "spiking",
 }
 
 

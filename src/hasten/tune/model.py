@@ -28,7 +28,7 @@ from hasten.measure.memory import model_bytes, rise
 from hasten.measure.stats import summarise
 from hasten.tune.frontier import Axis, Candidate, Frontier
 from hasten.tune.search import Outcome, Search
-from hasten.tune.space import Point, Space, recipe_of, recipe_space
+from hasten.tune.space import Point, Space, recipe_of, recipe_space, with_choices
 
 __all__ = ["TuneResult", "fidelity", "tune"]
 
@@ -132,8 +132,12 @@ class _Bench:
         protocol: Protocol,
         clock: Clock,
         power: float | None = None,
+        energy: Callable[[nn.Module], float] | None = None,
+        given: Mapping[str, Recipe] | None = None,
+        inputs: Sequence[Any] | None = None,
     ) -> None:
-        self.model, self.data, self.budget = model, data, budget
+        self.given, self.inputs = given or {}, inputs
+        self.model, self.data, self.budget, self.energy = model, data, budget, energy
         self.quality, self.tokens, self.protocol, self.clock, self.power = quality, tokens, protocol, clock, power
         self.reference = quality(model) if quality is not None else 1.0
         if quality is not None and not self.reference > 0:
@@ -145,15 +149,23 @@ class _Bench:
         self.size = model_bytes(model)
 
     def build(self, point: Point) -> tuple[nn.Module, Plan]:
-        return recipe_of(point, self.model, self.tokens).apply(self.model, self.calibration(point))
+        return self.recipe(point).apply(self.model, self.calibration(point))
+
+    def recipe(self, point: Point) -> Recipe:
+        """What the point stands for."""
+        given = self.given.get(point["format"])
+        return given if given is not None else recipe_of(point, self.model, self.tokens)
 
     def calibration(self, point: Point) -> Sequence[Any] | None:
-        """The data, for ranges of activations alone: what fits matrices to them would then be judged on them."""
-        return self.data if point["format"] == "int8-network" else None
+        """Inputs to learn from. The data themselves serve for ranges of activations and for one threshold alone: what
+        fits matrices to them would then be judged on them."""
+        if self.inputs is not None:
+            return self.inputs
+        return self.data if point["format"] in ("int8-network", "confidence") else None
 
     def predict(self, point: Point) -> Mapping[str, float] | None:
         """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
-        if point["format"] == "int8-network" or point.get("remove"):
+        if point["format"] in self.given or point["format"] == "int8-network" or point.get("remove"):
             return None  # convolutions shrink too, or layers by how much their ranks say
         if point["format"] not in _BITS:  # unchanged weights
             return {"size": float(self.size)}
@@ -215,13 +227,27 @@ class _Bench:
 
         if "memory" in self.metrics:
             found["memory"] = size + rise(run)
-        if "energy" in self.metrics:
+        if "energy" in self.metrics and self.energy is not None:
+            found["energy"] = self.energy(model)
+        elif "energy" in self.metrics:
             meter = energies.detect_meter()
             if meter is not None:
                 found["energy"] = energies.measure_energy(run, meter, clock=self.clock).joules
             elif self.power is not None:
                 found["energy"] = energies.tdp(seconds, self.power).joules
         return found
+
+
+def named(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    """Recipes by their labels; raises :class:`~hasten.errors.ConfigurationError` for two that look the same."""
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if not isinstance(recipe, Recipe) or not recipe.techniques:
+            raise ConfigurationError(f"recipes holds {recipe!r}; give Recipe((technique, …)), not the empty one")
+        if recipe.label in found:
+            raise ConfigurationError(f"two recipes are {recipe.label!r}; give each once")
+        found[recipe.label] = recipe
+    return found
 
 
 def _judge(budget: Budget) -> Callable[[Mapping[str, float]], list[str]]:
@@ -235,23 +261,30 @@ def tune(
     *,
     quality: Callable[[nn.Module], float] | None = None,
     space: Space | None = None,
+    recipes: Sequence[Recipe] = (),
+    calibration: Sequence[Any] | None = None,
     storage: str | os.PathLike[str] | None = None,
     name: str = "tune",
     time_limit: float | None = 120.0,
     protocol: Protocol | None = None,
     tokens: int | None = None,
     power: float | None = None,
+    energy: Callable[[nn.Module], float] | None = None,
     clock: Clock | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> TuneResult:
     """Find the recipe that makes ``model`` meet ``budget`` and loses least quality.
 
     ``data``: examples (tensors, tuples of arguments or dicts); the first is timed, all judge the fidelity. ``quality``:
-    a function of a model that is larger when better; without it the fidelity of the output counts. ``storage``: an
+    a function of a model that is larger when better; without it the fidelity of the output counts. ``recipes``: further
+    candidates beside those of the space, of any techniques (conditional computation, decompositions, mixed precision,
+    and what they compose to). ``calibration``: inputs from which techniques may learn, best not those of ``data``;
+    a recipe that needs them and gets none is a candidate that says so. ``storage``: an
     SQLite file, so that a killed search goes on where it was. ``tokens``: rows that a linear layer sees at a time,
     taken from the first example where it is not given. The model is set to eval mode while it is tuned and is otherwise
     untouched. Memory (weights and what one call takes) and energy are measured where the budget bounds them; without a
-    meter the energy is ``power`` (watts) times the median time.
+    meter the energy is ``power`` (watts) times the median time. ``energy`` counts joules instead, such as those of a
+    table of operations.
     """
     if isinstance(budget, str):
         budget = Budget.parse(budget)
@@ -262,7 +295,8 @@ def tune(
         raise ConfigurationError(
             f"tune does not measure {', '.join(unknown)} per candidate; bound {', '.join(sorted(_MEASURED))}"
         )
-    if any(b.metric == "energy" for b in budget.bounds) and power is None and energies.detect_meter() is None:
+    unmetered = power is None and energy is None and energies.detect_meter() is None
+    if unmetered and any(b.metric == "energy" for b in budget.bounds):
         raise ConfigurationError(
             "this machine has no energy meter that may be read; give power= (--power), its watts under load, so that "
             "energy is power times time"
@@ -272,8 +306,20 @@ def tune(
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        bench = _Bench(model, data, budget, quality, tokens or _rows(data[0]), rules, clock, power)
-        chosen = space or recipe_space(model)
+        bench = _Bench(
+            model,
+            data,
+            budget,
+            quality,
+            tokens or _rows(data[0]),
+            rules,
+            clock,
+            power,
+            energy,
+            named(recipes),
+            calibration,
+        )
+        chosen = with_choices(space or recipe_space(model), "format", tuple(bench.given))
         axes = (Axis(_latency_key(budget)), Axis("quality", maximise=True, kind="ratio"))
         search = Search(
             chosen,
@@ -282,7 +328,7 @@ def tune(
             violations=_judge(budget),
             predict=bench.predict,
             margin=0.0,  # the prediction of the size is a lower bound
-            label=lambda point: recipe_of(point, model).label,
+            label=lambda point: bench.recipe(point).label,
             storage=Path(storage) if storage is not None else None,
             name=name,
             facts={"budget": str(budget), "model": _identity(model), "tokens": bench.tokens},
@@ -313,7 +359,7 @@ def _conclude(
         if best.knobs["format"] == "unchanged":
             return TuneResult(best, frontier, Recipe(), bench.model, best, bench.budget, storage)
         steps = tuple(best.detail.get("plan", {}).get("steps", ()))
-        recipe = replace(recipe_of(best.knobs, bench.model, bench.tokens), plan=Plan(steps))
+        recipe = replace(bench.recipe(best.knobs), plan=Plan(steps))
         new, _ = recipe.apply(bench.model, bench.calibration(best.knobs))
         comparison = bench.compare(new, best.name)
         values = bench.values(new, comparison, best.name)

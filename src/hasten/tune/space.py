@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from hasten.compress.lowrank.truncated import TruncatedSvd
 from hasten.errors import ConfigurationError
 from hasten.nn.product.instructions import has_bytes
 
-__all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space"]
+__all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space", "with_choices"]
 
 Point = Mapping[str, Any]
 
@@ -96,18 +96,31 @@ class Space:
         return {k.name: list(k.choices) for k in self.knobs}
 
 
+def with_choices(space: Space, name: str, choices: tuple[Any, ...]) -> Space:
+    """The space with further choices of one knob, which must be there and not have them yet."""
+    if not choices:
+        return space
+    if name not in {k.name for k in space.knobs}:
+        raise ConfigurationError(f"the space has no knob {name!r} that further recipes could be choices of; add one")
+    knobs = tuple(replace(k, choices=(*k.choices, *choices)) if k.name == name else k for k in space.knobs)
+    return replace(space, knobs=knobs)
+
+
 _WIDE = 256
 """Least side of a matrix that low-rank factors are tried for."""
 _REMOVED = (0.0, 0.25, 0.5)
 """Shares of such a matrix that factors take away."""
 _KEEP = ("none", "first", "last", "first and last")
+_TOLERANCES = (0.0, 0.005, 0.01, 0.02)
+"""Shares of right answers that an exit on confidence may lose on the data that sets its threshold."""
 
 
 def recipe_space(model: nn.Module) -> Space:
     """Weight formats with a kernel on this machine, group sizes of int4, which end layers keep their precision, and how
     much of the linear layers low-rank factors take away before.
 
-    A convolutional network may also run in bytes as a whole, a spiking network for fewer timesteps.
+    A convolutional network may also run in bytes as a whole, a spiking network for fewer timesteps, or for as many as
+    each sample needs to be sure.
     """
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
@@ -119,12 +132,13 @@ def recipe_space(model: nn.Module) -> Space:
         "unchanged",
         *(("int8-network",) if convolutions else ()),
         *(formats if linears else ()),
-        *(("timesteps",) if fewer else ()),
+        *(("timesteps", "confidence") if fewer else ()),
     )
     wide = [m for m in model.modules() if type(m) is nn.Linear and min(m.weight.shape) >= _WIDE]
     knobs = [Knob("format", choices)]
     if fewer:
         knobs.append(Knob("timesteps", fewer, lambda p: p["format"] == "timesteps"))
+        knobs.append(Knob("tolerance", _TOLERANCES, lambda p: p["format"] == "confidence"))
     if groups:
         knobs.append(Knob("group", groups, lambda p: p["format"] == "int4"))
     knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
@@ -150,6 +164,10 @@ def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
         from hasten.spiking.timesteps import Timesteps  # the room is loaded only for its own networks
 
         return Recipe((Timesteps(point["timesteps"]),))
+    if point["format"] == "confidence":
+        from hasten.spiking.exits import DynamicConfidence
+
+        return Recipe((DynamicConfidence(tolerance=point["tolerance"]),))
     if point["format"] == "int8-network":
         return Recipe((Int8Network(),))
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]

@@ -26,7 +26,18 @@ from hasten.nn.product.activations import quantise_rows
 from hasten.nn.product.bfloat16 import stretch, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 
-__all__ = ["FEWEST", "byte_panels", "granted", "multiply", "multiply_bytes", "panels", "takes_bytes"]
+__all__ = [
+    "FEWEST",
+    "byte_panels",
+    "close_tiles",
+    "granted",
+    "multiply",
+    "multiply_bytes",
+    "open_tiles",
+    "panels",
+    "run_assembly",
+    "takes_bytes",
+]
 
 FEWEST = 16
 """Rows from which tiles are used."""
@@ -47,7 +58,8 @@ def granted() -> bool:
         return False
 
 
-def _run(builder: Any, text: str, *operands: Any) -> None:
+def run_assembly(builder: Any, text: str, *operands: Any) -> None:
+    """An instruction on tiles; ``operands`` are whole numbers of 64 bits, called $0 and on."""
     kind = ir.FunctionType(ir.VoidType(), [o.type for o in operands])
     constraints = ",".join(["r"] * len(operands) + ["~{memory}"])
     builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(operands))
@@ -59,7 +71,7 @@ def _configure(builder: Any) -> None:
     place = cgutils.alloca_once(builder, avx.INTS)
     place.align = LINE
     builder.store(ir.Constant(avx.INTS, words), place).align = LINE
-    _run(builder, "ldtilecfg ($0)", builder.ptrtoint(place, ir.IntType(64)))
+    run_assembly(builder, "ldtilecfg ($0)", builder.ptrtoint(place, ir.IntType(64)))
 
 
 def _block(
@@ -77,22 +89,22 @@ def _block(
         ]
         for tile, where in places:
             if fresh:
-                _run(builder, f"tilezero %tmm{tile}")
+                run_assembly(builder, f"tilezero %tmm{tile}")
             else:
-                _run(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
+                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
         with cgutils.for_range(builder, steps) as loop:
             along = scaled(builder, loop.index, LINE)
             panel = builder.add(weights, scaled(builder, loop.index, _PAIRS * PANEL * 4))
             for i in range(halves):
-                _run(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", builder.add(rows[i], along), x_stride)
+                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", builder.add(rows[i], along), x_stride)
             for j in range(2):
                 at = builder.add(panel, ir.Constant(ir.IntType(64), (2 * side + j) * LINE))
-                _run(builder, f"tileloadd ($0,$1,1), %tmm{6 + j}", at, line)
+                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{6 + j}", at, line)
             for i in range(halves):
                 for j in range(2):
-                    _run(builder, f"{dot} %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
+                    run_assembly(builder, f"{dot} %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
         for tile, where in places:
-            _run(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
+            run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
 
 
 def _tiles_of(dot: str, fresh: bool) -> Any:
@@ -125,8 +137,8 @@ def _generator(dot: str, fresh: bool) -> Any:
 
 
 @intrinsic
-def _open(typing: Any) -> Any:
-    """Give this thread's tiles their shape, until :func:`_close`."""
+def open_tiles(typing: Any) -> Any:
+    """Give this thread's tiles their shape, until :func:`close_tiles`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _configure(builder)
@@ -136,11 +148,11 @@ def _open(typing: Any) -> Any:
 
 
 @intrinsic
-def _close(typing: Any) -> Any:
+def close_tiles(typing: Any) -> Any:
     """Leave no tiles behind: the kernel saves those in use whenever it changes threads."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _run(builder, "tilerelease")
+        run_assembly(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -158,7 +170,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
     pairs = weights.shape[1]
     sums = np.empty((min(rows, GROUP), PANEL), np.float32)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
-    _open()
+    open_tiles()
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
         count = min(GROUP, rows - start)
@@ -181,7 +193,7 @@ def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> 
             else:
                 stretch(here, x_stride, there, span, sums.ctypes.data, count)
         write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
-    _close()
+    close_tiles()
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -224,7 +236,7 @@ def byte_panels(
     sums = np.empty((min(rows, GROUP), PANEL), np.float32)
     totals = np.empty((GROUP, PANEL), np.int32)
     base, x_base, x_stride, side = weights.ctypes.data, x.ctypes.data, x.strides[0], scales.strides[0]
-    _open()
+    open_tiles()
     for item in range(first, last):
         panel, begin = item // parts, (item % parts) * GROUP
         count = min(GROUP, rows - begin)
@@ -247,7 +259,7 @@ def byte_panels(
             )  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
         int8.write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
-    _close()
+    close_tiles()
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
