@@ -13,6 +13,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
+from hasten.nn import huge_pages
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.instructions import LANES
 
@@ -79,8 +80,6 @@ def accumulate(
 
 
 def aligned(shape: tuple[int, ...], kind: Any) -> Any:
-    """An array of zeros that starts at a multiple of 64 bytes."""
+    """An array of zeros that starts at a multiple of 64 bytes; large ones lie in huge pages."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    raw = np.zeros(size + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    return raw[start : start + size].view(kind).reshape(shape)
+    return huge_pages.zeros(size).view(kind).reshape(shape)

@@ -32,7 +32,7 @@ BYTES = PANEL * INPUTS // 2 + PANEL * 2
 """Bytes of a panel's group: weights, then scales."""
 _SPAN = 96
 """Groups of a stretch (108 KiB of weights)."""
-_AHEAD = 2 * BYTES
+_AHEAD = 4 * BYTES
 _HALVES = ir.VectorType(ir.HalfType(), avx.LANES)
 _PARTS = INPUTS // 8  # registers of a tile's weights: each holds two quads of inputs, in its low and high halves
 
