@@ -1,4 +1,4 @@
-"""Spiking networks against snnTorch and SpikingJelly, and one timestep against five, in one run.
+"""Spiking networks against snnTorch and SpikingJelly, one timestep against five, and spoken digits live, in one run.
 
 The network is 700-512-512-20 leaky neurons over 100 steps, batch 64: training (forward, backward, Adam) and
 inference, with sparse and with dense input spikes; peak memory; and the Fashion-MNIST networks of the study
@@ -156,6 +156,49 @@ def one_step(data: Path | None, rounds: int, seeds: int) -> list[Row]:
     ]  # fmt: skip
 
 
+def spoken(data: Path | None) -> list[Row]:
+    """Recordings that no training has heard, half a second of silence between them, in chunks of 20 ms."""
+    import numpy as np
+    import torch
+
+    from hasten.clock import MonotonicClock
+    from hasten.spiking import load_recogniser
+
+    path = (data or Path()) / "speech" / "fsdd_8k.npz"
+    label = "spoken digits, live"
+    if not path.exists():
+        return [Row(label, note="speech/fsdd_8k.npz is not in --data")]
+    recogniser, _ = load_recogniser(path)
+    rate, clock = recogniser.ear.sample_rate, MonotonicClock()
+    with np.load(path) as z:
+        audio, offsets, digits, take = z["audio"], z["offsets"], z["label"], z["take"]
+    pieces, spans, at = [], [], 0
+    for index in np.flatnonzero(take < 5):
+        sound = audio[offsets[index] : offsets[index + 1]].astype(np.float32) / 32768
+        spans.append((at / rate, (at + len(sound)) / rate, int(digits[index])))
+        pieces += [sound, np.zeros(rate // 2, np.float32)]
+        at += len(sound) + rate // 2
+    words, costs = [], []
+    for chunk in torch.from_numpy(np.concatenate(pieces)).split(rate // 50):
+        began = clock.now()
+        words += recogniser.push(chunk)
+        costs.append(clock.now() - began)
+    words += recogniser.flush()
+    heard = [[w for w in words if a - 0.05 <= w.begin < b] for a, b, _ in spans]
+    right = [w for found, (_, _, digit) in zip(heard, spans, strict=True) for w in found[:1] if w.digit == digit]
+    delays, costs = sorted(w.latency for w in words), sorted(costs)
+    count = sum(bool(found) for found in heard)
+    note = f"{len(spans)} recordings of takes 0 to 4, {len(words)} words decided"
+    return [
+        Row(f"{label}: heard", ours=100 * count / len(spans), unit="%", note=note),
+        Row(f"{label}: right of those heard", ours=100 * len(right) / max(1, count), unit="%"),
+        Row(f"{label}: sound until the decision, median", ours=1e3 * delays[len(delays) // 2], unit="ms"),
+        Row(f"{label}: the same, 99 %", ours=1e3 * delays[int(0.99 * len(delays))], unit="ms"),
+        Row(f"{label}: computing per 20 ms, median", ours=1e3 * costs[len(costs) // 2], unit="ms"),
+        Row(f"{label}: the same, 99 %", ours=1e3 * costs[int(0.99 * len(costs))], unit="ms"),
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = options(__doc__)
@@ -163,7 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, default=3, help="networks of the study to train or take from the cache")
-    parser.add_argument("--only", choices=("speed", "memory", "steps"), help="one part of it")
+    parser.add_argument("--only", choices=("speed", "memory", "steps", "stream"), help="one part of it")
     arguments = parser.parse_args()
     details: dict[str, Any] = {}
     rows: list[Row] = []
@@ -177,6 +220,8 @@ def main() -> None:
 
             torch.set_num_threads(arguments.threads)
         rows += one_step(arguments.data, arguments.rounds, arguments.seeds)
+    if arguments.only in (None, "stream"):
+        rows += spoken(arguments.data)
     report("spiking networks", rows, arguments.json, **details)
 
 

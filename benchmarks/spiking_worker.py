@@ -54,16 +54,27 @@ def linears(module) -> list:
 
 
 def hasten_network(reset: str = "subtract"):
+    import torch
     from torch import nn
 
-    from hasten.spiking import LIF, SpikeLinear
+    from hasten.spiking import LIF, SpikeLinear, SpikingNetwork
 
     layers = []
     for w in weights():
         layer = SpikeLinear(w.shape[1], w.shape[0])
-        layer.weight = nn.Parameter(w.clone())
+        with torch.no_grad():
+            layer.weight.copy_(w)
         layers += [layer, LIF(DECAY, 1.0, reset, "arctan")]
-    return nn.Sequential(*layers)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = SpikingNetwork(layers, 100, direct=False)
+
+        def forward(self, x):
+            return self.network.outputs(x, len(x))
+
+    return Net()
 
 
 def snntorch_network():

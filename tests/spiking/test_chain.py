@@ -83,6 +83,16 @@ def test_inference_takes_it_and_streams_go_on() -> None:
     assert given is not None
 
 
+def test_training_mode_draws_dropout_for_all_steps() -> None:
+    net, x = network().train(), spikes(0.3)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        once = net.outputs(x)
+        torch.manual_seed(3)
+        assert torch.equal(once, net._through(0, x, net.init_state(), 14)[0])
+        assert not torch.equal(once, net.eval().outputs(x))
+
+
 def test_what_is_no_chain_of_spikes_runs_layer_by_layer() -> None:
     net = network()
     assert chain_of(net.layers, []).run(0.5 * spikes(0.1)) is None  # type: ignore[union-attr]

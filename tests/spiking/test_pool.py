@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hasten.spiking import LIF, SpikingNetwork
-from hasten.spiking.pool import max_pool, pools
+from hasten.spiking.pool import max_pool, mean_pool, pools
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,6 +22,7 @@ def test_same_as_the_library(planes: int, height: int, width: int, seed: int) ->
     expected = nn.functional.max_pool2d(x, 2)
     assert torch.equal(max_pool(x).nan_to_num(7.0), expected.nan_to_num(7.0))
     assert torch.equal(max_pool(x, 0.3), (expected > 0.3).float())
+    assert torch.equal(mean_pool(x).nan_to_num(7.0), nn.functional.avg_pool2d(x, 2).nan_to_num(7.0))
 
 
 def test_it_knows_what_it_can_do() -> None:
@@ -29,8 +30,16 @@ def test_it_knows_what_it_can_do() -> None:
     assert not pools(nn.MaxPool2d(2), x)  # a gradient may be asked for
     with torch.no_grad():
         assert pools(nn.MaxPool2d(2), x)
-        others = [nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True)]
-        assert not any(pools(layer, x) for layer in [*others, nn.AvgPool2d(2), nn.MaxPool2d(2, return_indices=True)])
+        assert pools(nn.AvgPool2d(2), x)
+        others = [
+            nn.MaxPool2d(3),
+            nn.AvgPool2d(3),
+            nn.AvgPool2d(2, divisor_override=3),
+            nn.MaxPool2d(2, 1),
+            nn.MaxPool2d(2, padding=1),
+            nn.MaxPool2d(2, ceil_mode=True),
+        ]
+        assert not any(pools(layer, x) for layer in [*others, nn.MaxPool2d(2, return_indices=True)])
         assert not pools(nn.MaxPool2d(2), x.double())
 
 

@@ -114,6 +114,7 @@ _MODULES = {
     "acm": "hasten.compress.acm",
     "clustering": "hasten.compress.cluster",
     "deep-compression": "hasten.compress.deep",
+    "dynamic-confidence": "hasten.spiking.exits",
     "int8-network": "hasten.compress.int8",
     "maestro": "hasten.compress.lowrank.maestro",
     "magnitude-pruning": "hasten.compress.prune",
@@ -122,9 +123,11 @@ _MODULES = {
     "quantize": "hasten.compress.quantize",
     "quantize-aware": "hasten.compress.quantize",
     "svdquant": "hasten.compress.lowrank.svdquant",
+    "timestep-reduction": "hasten.spiking.timesteps",
+    "timesteps": "hasten.spiking.timesteps",
     "truncated-svd": "hasten.compress.lowrank.truncated",
 }
-"""Where a technique of this room is defined; a recipe that names it imports it."""
+"""Where a technique is defined, in this room or in one above; a recipe that names it imports it."""
 _T = TypeVar("_T", bound=type[Any])
 
 

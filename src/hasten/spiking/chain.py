@@ -97,7 +97,7 @@ def _fire(line: Any, state: Any, decay: Any, threshold: Any, reset: int) -> None
 def _dense(source: Any, info: Any, room: Any, sums: Any) -> None:
     """The rows of ``source`` (steps, samples, words) with many ones times the weight, in order, to ``sums``.
 
-    What ``room`` holds behind a row's inputs meets zeros of the packed weight.
+    ``room`` is for rows in bfloat16.
     """
     inputs, half, panels = info[_INPUTS], pieces.padded(info[_INPUTS]) // 2, (info[_WIDTH] + PANEL - 1) // PANEL
     words = array_at(info[_PACKED], panels * pieces.PIECES * half * PANEL)
@@ -184,7 +184,7 @@ def _share(x: Any, table: Any, span: int, low: int, high: int, out: Any, full: A
     outputs = 0
     for k in range(links):
         widest, outputs = max(widest, (table[k, _INPUTS] + 7) // 8), max(outputs, table[k, _WIDTH])
-    room = np.zeros(GROUP * pieces.PIECES * pieces.padded(8 * widest), np.uint16)  # memory only where it is touched
+    room = np.empty(GROUP * pieces.PIECES * pieces.padded(8 * widest), np.uint16)  # memory only where it is touched
     space = np.empty((span * here + 15) // 16 * 16 * outputs, np.float32)
     held = np.empty((2, span * here * widest), np.uint64)
     last = np.empty(span * here * width, np.float32)

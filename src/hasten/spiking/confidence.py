@@ -57,6 +57,10 @@ class Exit(ABC):
     def score(self, logits: Tensor, timestep: int) -> Tensor:
         """(…,)"""
 
+    def scores(self, logits: Tensor, first: int) -> Tensor:
+        """Of some timesteps in a row, the first of them ``first``: (steps, …, classes) -> (steps, …)."""
+        return torch.stack([self.score(o, first + t) for t, o in enumerate(logits)])
+
     def decide(self, observation: Observation) -> Decision:
         """Pure: no clock, no memory. Raises ``ValueError`` for logits that are not numbers."""
         logits = torch.tensor(observation.logits, dtype=torch.float32)
@@ -106,6 +110,10 @@ class ConfidenceExit(Exit):
             two = p.topk(2, -1).values
             return two[..., 0] - two[..., 1]
         return p.amax(-1)
+
+    def scores(self, logits: Tensor, first: int) -> Tensor:
+        """See :meth:`Exit.scores`; the timestep does not matter to this one."""
+        return self.score(logits, first)
 
     @staticmethod
     def calibrate(
@@ -265,15 +273,20 @@ class Run:
 
 
 @torch.inference_mode()
-def run_until(network: SpikingNetwork, inputs: Tensor, policy: Exit, max_timesteps: int | None = None) -> Run:
-    """Run a batch step by step; samples that stopped leave it, and the state of the others moves together.
+def run_until(
+    network: SpikingNetwork, inputs: Tensor, policy: Exit, max_timesteps: int | None = None, stride: int = 0
+) -> Run:
+    """Run a batch a few steps at a time; samples that stopped leave it, and the state of the others moves together.
 
-    inputs (batch, …) where the network codes directly, else (time, batch, …). A policy that never stops gives the
-    logits of the whole run. Raises ``ValueError`` for logits that are not numbers and for a network in training mode.
+    inputs (batch, …) where the network codes directly, else (time, batch, …). ``stride`` steps run together before
+    samples may leave (0: a quarter of all steps); what a sample answers, and when it stopped, is that of its own step.
+    A policy that never stops gives the logits of the whole run. Raises ``ValueError`` for logits that are not numbers
+    and for a network in training mode.
     """
     if network.training:
         raise ConfigurationError("samples that leave a batch would change its batch norm; call network.eval() first")
     steps = max_timesteps or network.timesteps
+    stride = stride or max(1, steps // 4)
     size = inputs.shape[0 if network.direct else 1]
     prefix = network.constant_prefix() if network.direct else 0
     shown = inputs
@@ -284,19 +297,31 @@ def run_until(network: SpikingNetwork, inputs: Tensor, policy: Exit, max_timeste
     total: Tensor | None = None
     result: Tensor | None = None
     stopped, spikes = torch.zeros(size, dtype=torch.int64), torch.zeros(size)
-    for t in range(1, steps + 1):
-        x = shown if network.direct else inputs[t - 1, alive]
-        out, state, sent = network.step_from(prefix, x, state)
-        spikes[alive] += sent
-        total = out if total is None else total + out
-        _numbers(total, t)
-        done = policy.score(total, t) > policy.theta if t < steps else torch.ones(len(alive), dtype=torch.bool)
+    for begin in range(0, steps, stride):
+        count = min(stride, steps - begin)
+        x = shown.unsqueeze(0) if network.direct else inputs[begin : begin + count, alive]
+        out, state, sent = network.steps_from(prefix, x, state, count)
+        totals = [out[0] if total is None else total + out[0]]
+        for now in out[1:]:
+            totals.append(totals[-1] + now)
+        reached = torch.stack(totals)
+        if begin == 0 or bool(reached.isnan().any()):
+            for t, o in enumerate(totals):
+                _numbers(o, begin + t + 1)
+        done = policy.scores(reached, begin + 1) > policy.theta
+        if begin + count == steps:
+            done[-1] = True
+        any_done = done.any(0)
+        at = torch.where(any_done, done.to(torch.int64).argmax(0), count - 1)
+        spikes[alive] += sent.cumsum(0).gather(0, at[None])[0]
+        total = totals[-1]
         if result is None:
-            result = torch.empty(size, out.shape[-1], dtype=out.dtype)
-        if bool(done.any()):
-            result[alive[done]] = total[done]
-            stopped[alive[done]] = t
-            keep = (~done).nonzero().flatten()
+            result = torch.empty(size, total.shape[-1], dtype=total.dtype)
+        if bool(any_done.any()):
+            leaving = any_done.nonzero().flatten()
+            result[alive[leaving]] = reached[at[leaving], leaving]
+            stopped[alive[leaving]] = begin + 1 + at[leaving]
+            keep = (~any_done).nonzero().flatten()
             alive, total = alive[keep], total[keep]
             state = _chosen(state, keep)
             shown = shown[keep] if network.direct else shown

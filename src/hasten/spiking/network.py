@@ -20,7 +20,7 @@ from hasten.errors import ConfigurationError
 from hasten.spiking.chain import chain_of
 from hasten.spiking.events import watched
 from hasten.spiking.layers import Leak, Neuron
-from hasten.spiking.pool import max_pool, pools
+from hasten.spiking.pool import max_pool, pool, pools
 from hasten.spiking.surrogate import spike
 
 __all__ = ["OneStep", "SpikingNetwork", "Threshold", "over_time"]
@@ -35,7 +35,7 @@ def over_time(layer: nn.Module, x: Tensor) -> Tensor:
 
 def stateless(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer without state on (batch, …)."""
-    y: Tensor = max_pool(x) if pools(layer, x) else layer(x)
+    y: Tensor = pool(layer, x) if pools(layer, x) else layer(x)
     return y
 
 
@@ -88,7 +88,7 @@ class SpikingNetwork(nn.Module):
         …)."""
         steps = timesteps or self.timesteps
         x = self._input(x) if timesteps is None or self.direct else x
-        if torch.is_grad_enabled() or watched(self):
+        if torch.is_grad_enabled() or self._joint():
             return self._through(0, x, self.init_state(), steps)[0]
         return self._pieces(x, self.init_state(), steps)[0]
 
@@ -99,9 +99,14 @@ class SpikingNetwork(nn.Module):
         if self.direct:
             raise ConfigurationError("a network that codes directly has no stream of inputs; make it with direct=False")
         state = self.init_state() if state is None else state
-        if watched(self):
+        if self._joint():
             return self._through(0, x, state, len(x))
         return self._pieces(x, state, len(x))
+
+    def _joint(self) -> bool:
+        """Whether all steps must run together: somebody looks on, or layers draw or take statistics as in training."""
+        training = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+        return watched(self) or any(m.training and isinstance(m, training) for m in self.layers.modules())
 
     def _through(self, first: int, x: Tensor, state: list[Any], steps: int) -> tuple[Tensor, list[Any]]:
         """Layers from ``first`` on, each over all steps; x has one step where the input does not change."""
@@ -126,7 +131,7 @@ class SpikingNetwork(nn.Module):
         first = self.constant_prefix() if self.direct else 0
         for layer in list(self.layers)[:first]:
             x = over_time(layer, x)
-        size = self._piece(x.shape[1:], steps)
+        size = self._piece(x.shape[1:], steps) if x.device.type == "cpu" else steps
         outs = []
         for begin in range(0, steps, size):
             count = min(size, steps - begin)
@@ -160,19 +165,26 @@ class SpikingNetwork(nn.Module):
 
     def step_from(self, first: int, x: Tensor, state: list[Any]) -> tuple[Tensor, list[Any], Tensor]:
         """One step that begins at layer ``first``, and the spikes of each sample (batch,) in it."""
+        out, following, spikes = self.steps_from(first, x.unsqueeze(0), state, 1)
+        return out[0], following, spikes[0]
+
+    def steps_from(self, first: int, x: Tensor, state: list[Any], steps: int) -> tuple[Tensor, list[Any], Tensor]:
+        """Some steps that begin at layer ``first``: x (steps, batch, …), or (1, batch, …) where it does not change ->
+        outputs (steps, batch, classes), next state, spikes of each sample (steps, batch). The given state is not
+        changed."""
         following: list[Any] = list(state)
-        spikes = torch.zeros(len(x))
+        spikes = torch.zeros(steps, x.shape[1])
         layer: Any
         for index, layer in enumerate(self.layers):
             if index < first:
                 continue
             if has_state(layer):
-                x, following[index] = layer.step(x, state[index])
+                x, following[index] = layer.scan(x.expand(steps, *x.shape[1:]), state[index])
                 if isinstance(layer, Neuron):
-                    spikes += x.flatten(1).sum(1)
+                    spikes += x.flatten(2).sum(2)
             else:
-                x = stateless(layer, x)
-        return x, following, spikes
+                x = over_time(layer, x)
+        return x.expand(steps, *x.shape[1:]), following, spikes
 
     def one_step(self) -> OneStep:
         """The plain network that this one is when it runs for a single step: no state, no leak, one forward."""
@@ -220,8 +232,8 @@ class OneStep(nn.Module):
                 skip = False
             elif not pools(layer, x):
                 x = layer(x)
-            elif isinstance(following, Threshold) and following.threshold.numel() == 1:
+            elif isinstance(layer, nn.MaxPool2d) and isinstance(following, Threshold) and not following.threshold.dim():
                 x, skip = max_pool(x, float(following.threshold)), True
             else:
-                x = max_pool(x)
+                x = pool(layer, x)
         return x

@@ -83,13 +83,15 @@ def pack(weight: Any) -> Any:
 
 @njit(cache=True, error_model="numpy")
 def fill_row(source: Any, line: Any, half: int) -> None:
-    """line (3 · 2 half,) of bfloat16: ``source`` != 0, three times; what lies behind the inputs is left alone."""
+    """line (3 · 2 half,) of bfloat16: ``source`` != 0, three times, each filled up with zeros."""
     inputs = source.shape[0]
     for i in range(inputs):
         line[i] = _ONE if source[i] != 0 else np.uint16(0)
+    for i in range(inputs, 2 * half):
+        line[i] = np.uint16(0)
     for piece in range(1, PIECES):
         start = 2 * half * piece
-        for i in range(inputs):
+        for i in range(2 * half):
             line[start + i] = line[i]
 
 

@@ -167,7 +167,7 @@ def train_delays(
     torch.manual_seed(seed)
     net = DelayNet(DelayConfig(**{**config, "hidden": tuple(config["hidden"])}))
     fitted = net.fit(
-        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt",
+        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt", bf16=True,
         augment=shift_and_drop,
     )  # fmt: skip
     return {"net": net.state_dict(), "losses": fitted["losses"]}

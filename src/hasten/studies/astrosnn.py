@@ -196,7 +196,7 @@ def language(scale: Scale) -> Iterator[Check]:
     rates: dict[str, float] = {}
     for index, kind in enumerate(("astro", "neurons", "lstm")):
         span = (0.6 + 0.12 * index, 0.72 + 0.12 * index)
-        settings = {"kind": kind, "sizes": TEXT, "seconds": 240.0, "context": 256, "seed": 0}
+        settings = {"kind": kind, "sizes": TEXT, "seconds": 120.0, "context": 256, "seed": 0}
         made = part.cached(scale, "astro-text", part.train_text, settings, {"data": train}, span)
         model = part.language_model(kind, TEXT)
         model.load_state_dict(made["net"])
@@ -206,7 +206,7 @@ def language(scale: Scale) -> Iterator[Check]:
         if kind == "astro":
             assert isinstance(model, AstroLM)
             rates = model.spike_rates(held[:2048].reshape(4, 512).long())
-    note = "240 s of one thread each: " + ", ".join(notes)
+    note = "120 s of one thread each: " + ", ".join(notes)
     for kind, name in (("neurons", "neurons only"), ("lstm", "an LSTM")):
         yield Check.at_least(f"bits per byte below {name}", scores[kind] - scores["astro"], 0.0, "bit", note)
     shown = ", ".join(f"{k} {100 * v:.0f} %" for k, v in rates.items())
