@@ -1,8 +1,8 @@
 """Quality at equal bits: this library's rounding beside torchao, bitsandbytes and llm-compressor, on the same weights.
 
 Every contender gets the same float model and the same calibration text, and gives back weights; all are judged by the
-same evaluation, bits per byte of held-out files for the language model and cross-entropy for the vision transformer. Bits
-count scales and zero points. A peer that is not installed is named and left out; ``--peers`` adds folders to its
+same evaluation, bits per byte of held-out files for the language model and cross-entropy for the vision transformer.
+Bits count scales and zero points. A peer that is not installed is named and left out; ``--peers`` adds folders to its
 search path:
 
     pip install --target build/peers --no-deps bitsandbytes llmcompressor compressed-tensors loguru accelerate datasets

@@ -2,7 +2,8 @@
 
 Rows with a bar: greedy decoding with the embedded pair at batch 1, prompt lookup on edits, the server's engine at batch
 1 to 32, a 245 M target with a draft of a set acceptance against theory, coding a cache against computing it, and
-TriForce at 8,192 tokens. `--only NAME` runs one part.
+TriForce from 8,192 tokens on, and trees by counts. `--only NAME` runs one part; a busy machine makes pieces of it with
+`--contexts` and `--batches`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,23 @@ from hasten.clock import MonotonicClock
 from hasten.measure.stats import paired_ratio
 
 CLOCK = MonotonicClock()
-PARTS = ("pair", "edit", "loads", "theory", "codec", "triforce", "lean")
+PARTS = ("pair", "edit", "loads", "theory", "codec", "triforce", "dyspec", "lean")
+CONTEXTS: tuple[int, ...] = (8192, 16_384, 32_768)
+BATCHES: tuple[int, ...] = (2, 4, 8, 16, 32)
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--contexts", help="of triforce, such as 8192,16384")
+    parser.add_argument("--batches", help="of loads, such as 2,4")
     arguments = parser.parse_args()
+    global CONTEXTS, BATCHES
+    if arguments.contexts:
+        CONTEXTS = tuple(int(c) for c in arguments.contexts.split(","))
+    if arguments.batches:
+        BATCHES = tuple(int(b) for b in arguments.batches.split(","))
     import numba
     import torch
 
@@ -170,7 +180,7 @@ def loads(rounds: int) -> list[Row]:
         model,
         lambda: choose(model, "auto"),
         python_prompts(model.tokenizer, 48, 200),
-        batches=(2, 4, 8, 16, 32),
+        batches=BATCHES,
         max_tokens=96,
         rounds=rounds,
     )
@@ -365,25 +375,50 @@ def codec(rounds: int) -> list[Row]:
 
 
 def triforce(rounds: int) -> list[Row]:
-    """Long contexts: the stretched embedded model, 8,192 tokens of library code."""
-    from hasten.language.speculate import TriForce, generate
+    """Long contexts: the stretched embedded model in the engine, library code, ``--speculate triforce:1024``."""
+    from hasten.language.params import SamplingParams
+    from hasten.language.speculate.choose import choose
+    from hasten.serve.engine import Engine
+    from hasten.serve.policy import make
     from hasten.studies.triforce import long_model, long_prompt
 
-    model = long_model(16_384)
+    tokens = 256
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    model = long_model(max(CONTEXTS) + 1024)
     out = []
-    for context in (4096, 8192):
-        times: dict[str, list[float]] = {"plain": [], "triforce": []}
-        same, acceptance = 0, []
-        for turn in range(min(3, rounds)):
+    for context in CONTEXTS:
+        blocks = -(-(context + tokens) // 16) + 16
+        engines = {
+            name: Engine(
+                model,
+                make("stall-free", token_budget=2048),
+                num_blocks=blocks,
+                prefix_sharing=False,
+                proposer=choose(model, "triforce:1024", "pycode-draft-0.7m") if name == "triforce" else None,
+            )
+            for name in ("plain", "triforce")
+        }
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        same = 0
+        for turn in range(rounds + 1):
             prompt = long_prompt(model.tokenizer, context, 700 * turn)
-            found = {}
-            for name, plan in (("plain", None), ("triforce", TriForce(None, budget=512, gamma=6))):
-                found[name] = generate(model, prompt, max_tokens=96, proposer=plan)
-                times[name].append(found[name].seconds_per_token)
-            same += found["plain"].tokens == found["triforce"].tokens
-            acceptance.append(found["triforce"].acceptance)
+            answers = {}
+            for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
+                engine = engines[name]
+                engine.add(prompt, params)
+                got: list[int] = []
+                while not got:
+                    got += [o.token for o in engine.step()]
+                head, began = len(got), CLOCK.now()
+                while engine.has_work:
+                    got += [o.token for o in engine.step()]
+                answers[name] = got
+                if turn:
+                    times[name].append((CLOCK.now() - began) / (len(got) - head))
+            same += answers["plain"] == answers["triforce"]
         ratio = paired_ratio(times["plain"], times["triforce"])
         rates = [1 / float(np.median(times[n])) for n in ("triforce", "plain")]
+        stats = engines["triforce"].speculation
         out.append(
             Row(
                 f"TriForce, {context} tokens of context",
@@ -394,8 +429,48 @@ def triforce(rounds: int) -> list[Row]:
                 ratio.value,
                 ratio.low,
                 ratio.high,
-                1.3 if context >= 8192 else None,
-                note=f"acceptance {np.mean(acceptance):.2f}, {same} of {min(3, rounds)} answers equal",
+                1.3,
+                note=f"{stats.acceptance:.0%} of guesses stood, {stats.mean_length:.1f} a pass, {same} of {rounds + 1} "
+                "answers equal",
+            )
+        )
+    return out
+
+
+def dyspec(rounds: int) -> list[Row]:
+    """Guesses that stand per pass: a dynamic tree against the chain and the fixed tree of its size, the same prompts.
+
+    Counts, not times, so a busy machine does no harm. The fixed tree is fitted to other prompts.
+    """
+    from hasten.language import load
+    from hasten.language.speculate import Chain, DynamicTree, FixedTree, KAry
+    from hasten.language.speculate.compare import compare
+    from hasten.serve.bench.speculate import python_prompts
+
+    target, draft = load("pycode-4m"), load("pycode-draft-0.7m")
+    prompts = python_prompts(target.tokenizer, 8 * rounds + 12, 128, 3)
+    size = 16
+    fixed = FixedTree.fit(target, draft, prompts[-12:], size)
+    shapes = [DynamicTree(size), Chain(size), fixed, KAry(2, 4, size)]
+    found = compare(target, draft, prompts[:-12], shapes, max_tokens=64)
+    ours = np.array(found[0].per_prompt)
+    rng, out = np.random.default_rng(0), []
+    for other in found[1:]:
+        theirs = np.array(other.per_prompt)
+        picks = rng.integers(0, len(ours), (4000, len(ours)))
+        spread = ours[picks].mean(1) / theirs[picks].mean(1)
+        out.append(
+            Row(
+                f"dynamic tree of {size}, guesses that stand a pass",
+                other.name,
+                float(ours.mean()),
+                float(theirs.mean()),
+                "guesses",
+                float(ours.mean() / theirs.mean()),
+                float(np.quantile(spread, 0.025)),
+                float(np.quantile(spread, 0.975)),
+                1.0,
+                note=f"{len(ours)} prompts, greedy",
             )
         )
     return out

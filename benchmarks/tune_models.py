@@ -1,4 +1,4 @@
-"""One call of ``tune`` on four kinds of models: a language model, a ResNet, a vision transformer, a time-series transformer.
+"""One call of ``tune`` on a language model, a ResNet, a vision transformer and a time-series transformer.
 
 Each search has the same budget line, its own data and the recipes that suit its kind beside the space's own; printed
 are the verdict, the frontier, and how long the search took.
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def language(weights: Path | None) -> Case:
-    """pycode-4m as a module, 8 pieces of 128 tokens; quality is the inverse of the perplexity on pieces not calibrated on."""
+    """pycode-4m as a module, one piece of 128 tokens; quality is the inverse perplexity on pieces not calibrated on."""
     from hasten.language import load
     from hasten.language.compressing import float_decoder, loss_of
 
@@ -106,7 +106,7 @@ def vision(weights: Path | None) -> Case:
         Recipe((ACM(epochs=2),)),
         Recipe((ACM(epochs=2), Quantize.scheme("W8A16"))),
     )
-    calibration = [part for part in x.split(64)]
+    calibration = list(x.split(64))
     return model, [tx[:1], tx[:64]], lambda m: accuracy(m, tx, ty), calibration, recipes
 
 

@@ -148,4 +148,4 @@ def test_foreign_and_impossible_input_is_refused(codec, model, contexts, tmp_pat
 def test_a_missing_level_gives_the_next_lower(codec, model, contexts):
     kv = capture(model, contexts[0][:20])
     assert codec.encode(kv, 2) == codec.encode(kv, 1)
-    assert kvcodec._open(codec.encode(kv, 9))[0]["level"] == 3
+    assert kvcodec.head_and_payload(codec.encode(kv, 9))[0]["level"] == 3

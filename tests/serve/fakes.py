@@ -65,6 +65,8 @@ class FakeExecutor:
             assert (positions[begin:end] == contexts[c] + np.arange(end - begin)).all()
             where = positions[begin:end]
             flat[tables[c][where // size], where % size] = tokens[begin:end]
+        if batch.copies is not None:
+            self.move(cache, batch.copies)
         for c in range(len(contexts)):
             begin, end = int(starts[c]), int(starts[c + 1])
             total = int(contexts[c]) + end - begin
@@ -78,6 +80,11 @@ class FakeExecutor:
         if self._clock is not None:
             self._clock.sleep(self._cost)
         return torch.from_numpy(out)
+
+    def move(self, cache: torch.Tensor, copies: Any) -> None:
+        block, slot, to, place = torch.as_tensor(copies).long().T
+        assert len(copies) == 0 or (cache[block, slot] >= 0).all(), "copied a cache entry that nobody wrote"
+        cache[to, place] = cache[block, slot]
 
 
 def fake_tokenizer(*, chat: bool = True, fim: bool = True) -> Tokenizer:

@@ -51,6 +51,34 @@ class Oracle:
         self.forgotten.add(seq)
 
 
+class Bushes(Oracle):
+    """Trees: the right token with wrong ones beside and below it, at any place."""
+
+    def __init__(self, wrong=0.3, seed=0, most=7):
+        super().__init__(wrong, seed)
+        self.most = most
+
+    def propose(self, asks):
+        out = []
+        for ask in asks:
+            tokens, parents = [], []
+            right, known = -1, list(ask.tokens)
+            for _ in range(self.random.randrange(min(ask.count, self.most) + 1)):
+                if self.random.random() < self.wrong:
+                    tokens.append(self.random.randrange(VOCAB))
+                    parents.append(self.random.randrange(-1, len(tokens) - 1))
+                else:
+                    tokens.append(int(fake_logits(np.array(known), VOCAB).argmax()))
+                    parents.append(right)
+                    right = len(tokens) - 1
+                    known.append(tokens[-1])
+            out.append(Proposal(tuple(tokens), (0.5,) * len(tokens), tuple(parents), self.name, tuple(tokens)))
+        return out
+
+    def learn_path(self, proposal, path):
+        self.told.append((len(proposal.tokens), len(path)))
+
+
 MIXED = [
     SamplingParams(max_tokens=20, temperature=0.0),
     SamplingParams(max_tokens=20, seed=5, top_p=0.9, temperature=0.2),
@@ -87,15 +115,69 @@ def test_every_policy_still_gives_the_tokens_of_a_plain_loop(policy, knobs, num_
     assert sum(stats.accepted_per_pos) == stats.num_accepted_tokens
 
 
+@pytest.mark.parametrize("num_blocks", [None, 16])
+@pytest.mark.parametrize(("policy", "knobs"), POLICIES)
+def test_trees_give_the_tokens_of_a_plain_loop_under_every_policy(policy, knobs, num_blocks):
+    prompts = some_prompts()
+    params = [MIXED[i % 4] for i in range(len(prompts))]
+    one = engine(policy, num_blocks, knobs, proposer=Bushes(), length=7)
+    found = one.generate(prompts, params)
+    assert [c.tokens for c in found] == [alone(p, k) for p, k in zip(prompts, params, strict=True)]
+    one.check_integrity()
+    assert one.pool.num_free == one.pool.num_blocks
+    if policy != "stall-free" or knobs["token_budget"] > 7:
+        assert one.speculation.num_accepted_tokens > 20
+        assert max(n for _, n in one._speculator.proposer.told) > 1
+    if num_blocks and policy == "stall-free" and knobs["token_budget"] >= 64:
+        assert one.counters.num_preemptions > 0
+
+
+def test_a_tree_that_finds_no_blocks_is_left_out():
+    """Two blocks of four for a sequence that needs both: no page is left for a branch."""
+    one = Engine(FakeExecutor(VOCAB), make("stall-free"), num_blocks=5, block_size=4, proposer=Bushes(0.0),
+                 speculation=FixedSpeculation(7))  # fmt: skip
+    params = SamplingParams(max_tokens=11, temperature=0.0)
+    assert one.generate([[1, 2, 3, 4, 5, 6, 7]], params)[0].tokens == alone([1, 2, 3, 4, 5, 6, 7], params)
+    one.check_integrity()
+
+
+def test_trees_of_a_draft_give_the_tokens_of_plain_decoding_with_shared_prefixes_and_preemption():
+    """The real kernels, in bfloat16: greedy and sampled, to the last token."""
+    from hasten.language import load
+    from hasten.language.speculate import FirstOf, TreeProposer
+
+    model, draft = load("pycode-4m", deterministic=True), load("pycode-draft-0.7m")
+    head = model.tokenizer.encode("class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(")
+    prompts = [head, head + [5, 9], head[:20], head + [7], [3] * 60, [4] * 50]
+    params = [MIXED[0], SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=3)] * 3
+
+    def run(blocks, proposer):
+        one = Engine(model, make("stall-free", token_budget=256, max_num_seqs=8), num_blocks=blocks, proposer=proposer,
+                     deterministic=True, speculation=FixedSpeculation(6) if proposer else None)  # fmt: skip
+        found = one.generate(prompts[:1], params[:1]) + one.generate(prompts[1:], params[1:])
+        one.check_integrity()
+        return [c.tokens for c in found], one
+
+    plain, _ = run(200, None)
+    for blocks in (200, 12):
+        trees = TreeProposer(draft, budget=5, depth=4, num_blocks=120)
+        found, one = run(blocks, FirstOf([PromptLookup(min_ngram=3), trees]))
+        assert found == plain
+        assert one.speculation.num_accepted_tokens > 15
+        assert one.pool.hits > 0 or blocks == 12
+        assert (one.counters.num_preemptions > 0) == (blocks == 12)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
+    trees=st.booleans(),
     wrong=st.sampled_from([0.0, 0.2, 0.9]),
     length=st.sampled_from([0, 1, 3, 9]),
     blocks=st.sampled_from([12, 20, 200]),
     size=st.sampled_from([4, 16]),
     seed=st.integers(0, 1000),
 )
-def test_books_balance_after_every_step(wrong, length, blocks, size, seed):
+def test_books_balance_after_every_step(trees, wrong, length, blocks, size, seed):
     draw = random.Random(seed)
     clock = ManualClock()
     one = Engine(
@@ -104,7 +186,7 @@ def test_books_balance_after_every_step(wrong, length, blocks, size, seed):
         num_blocks=blocks * 16 // size,
         block_size=size,
         clock=clock,
-        proposer=Oracle(wrong, seed),
+        proposer=Bushes(wrong, seed) if trees else Oracle(wrong, seed),
         speculation=FixedSpeculation(length),
     )
     asked = {}

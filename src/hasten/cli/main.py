@@ -39,6 +39,8 @@ _COMMANDS = (
 )
 
 _index = typer.Typer(help="An index of vectors on disk: build, search, change, tune, serve.", no_args_is_help=True)
+_kv = typer.Typer(help="Caches of keys and values on disk.", no_args_is_help=True)
+_KV = ("inspect", "verify", "prune", "encode", "decode")
 _INDEX = ("build", "search", "add", "delete", "compact", "verify", "snapshot", "bench", "tune", "cost", "serve")
 
 
@@ -53,6 +55,9 @@ def _build() -> None:
     for name in _INDEX:
         _index.command(name)(getattr(importlib.import_module("hasten.cli.index"), name))
     app.add_typer(_index, name="index")
+    for name in _KV:
+        _kv.command(name)(getattr(importlib.import_module("hasten.cli.kv"), name))
+    app.add_typer(_kv, name="kv")
 
 
 @app.callback(invoke_without_command=True)

@@ -25,6 +25,11 @@ def tune(
         str, typer.Option("--workload", help="conversation, code, or the file of a trace.")
     ] = "conversation",
     precisions: Annotated[str, typer.Option("--precisions", help="Weight formats to try, by commas.")] = "bf16,int8",
+    speculate: Annotated[
+        str,
+        typer.Option("--speculate", help="Who may guess tokens: off, ngram, auto, draft, tree, triforce, by commas."),
+    ] = "off,ngram,auto",
+    draft: Annotated[str | None, typer.Option("--draft", help="Small model that guesses.")] = None,
     confirm: Annotated[int, typer.Option("--confirm", help="Predicted settings that are run for real.")] = 3,
     input_shape: Annotated[
         list[str] | None, typer.Option("--input-shape", help="For a module: shape such as 1x3x224x224.")
@@ -87,6 +92,8 @@ def tune(
                 rate=rate,
                 requests=requests,
                 precisions=[p.strip() for p in precisions.split(",") if p.strip()],
+                speculate=[w.strip() for w in speculate.split(",") if w.strip()],
+                draft=draft,
                 confirm=confirm,
                 storage=storage,
                 time_limit=limit,

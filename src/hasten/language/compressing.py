@@ -8,8 +8,8 @@ layers go back to 8 bits, then to float, until it keeps what was asked.
 
 from __future__ import annotations
 
-import json
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -187,6 +187,8 @@ class Executor:
 
                 tables = (*self._tables, *self._local_tables)
                 self._stack = Stack.of(config, self._layers, self._head, self._last_norm, tables)
+                if self._stack is not None:
+                    self._stack.deterministic = self.deterministic
             elif self._ops.__name__.endswith("kernels_triton"):
                 from hasten.language.gpu import GpuSteps
 
@@ -414,13 +416,15 @@ class Executor:
         Plain batches take it too where few sequences have long contexts: shares of equal length then end inside a head.
         """
         if self.device.type != "cpu":
-            if batch.placement is not None:
+            if batch.special:
                 raise ConfigurationError("trees of guesses run on the CPU; on another device use a chain")
             return None
         from hasten.language.placement import PlacedStep, chain_placement
 
         if batch.placement is not None:
             return PlacedStep(batch)
+        if batch.places is not None:
+            return None
         if self.deterministic or batch.num_tokens >= _LONG or batch.num_chunks == 0:
             return None
         contexts = batch.contexts.tolist()
@@ -444,6 +448,13 @@ class Executor:
                 for half in (cache.keys,) if shared else (cache.keys, cache.values):
                     half[:, table[to // size], :, to % size] = half[:, table[source // size], :, source % size]
 
+    def move(self, cache: KVCache, copies: Any) -> None:
+        """Copy keys and values of all layers: (n, 4) of (block, slot) -> (block, slot); nothing is copied twice."""
+        shared = cache.keys.data_ptr() == cache.values.data_ptr()
+        block, slot, to, place = torch.as_tensor(copies).long().T
+        for half in (cache.keys,) if shared else (cache.keys, cache.values):
+            half[:, to, :, place] = half[:, block, :, slot]
+
     def _split(self, batch: RaggedBatch) -> tuple[tuple[Any, Tensor] | None, list[_Long]]:
         """Chunks for the row-wise kernel, with their rows, and chunks for the flash kernel.
 
@@ -451,7 +462,7 @@ class Executor:
         """
         if self.deterministic or self.config.attention_softcap is not None or self.device.type != "cpu":
             return None, []
-        if batch.num_tokens < _LONG:
+        if batch.num_tokens < _LONG or batch.places is not None:
             return None, []
         starts = batch.starts.tolist()
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
@@ -532,5 +543,6 @@ def _operations_of(device: torch.device) -> ModuleType:
 
 
 def _moved(batch: RaggedBatch, device: torch.device) -> RaggedBatch:
-    moved: Any = {name: getattr(batch, name).to(device) for name in batch.__dataclass_fields__}
+    held = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    moved: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in held.items()}
     return RaggedBatch(**moved)

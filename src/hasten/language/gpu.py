@@ -65,7 +65,7 @@ class GpuSteps:
     def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """As :meth:`Executor.step`."""
         executor = self._executor
-        if batch.placement is not None:
+        if batch.special:
             from hasten.errors import ConfigurationError
 
             raise ConfigurationError("trees of guesses run on the CPU; on another device use a chain")

@@ -29,8 +29,10 @@ __all__ = [
     "attend",
     "attend_pages",
     "constant",
+    "copy_slots",
     "gate",
     "gate_row",
+    "no_copies",
     "norm",
     "place",
     "place_token",
@@ -45,20 +47,26 @@ def _array(x: Tensor) -> Any:
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+no_copies = np.zeros((0, 4), np.int32)
+
+
 class Step:
     """What the kernels read of a batch, as numpy arrays, made once per step and not once per layer."""
 
-    __slots__ = ("chunk_of", "cuts", "positions", "starts", "tables", "work")
+    __slots__ = ("chunk_of", "copies", "cuts", "places", "positions", "queries", "starts", "tables", "work")
 
     def __init__(self, batch: RaggedBatch) -> None:
         self.starts = batch.starts.numpy()
         self.positions = batch.positions.numpy()
+        self.places = self.positions if batch.places is None else batch.places.numpy()
+        self.copies = no_copies if batch.copies is None else batch.copies.numpy()
+        self.queries = batch.queries
         self.tables = batch.block_tables.numpy()
         count = len(self.starts) - 1
         self.chunk_of = np.arange(count, dtype=np.int32)
         if len(self.positions) != count:
             self.chunk_of = np.repeat(self.chunk_of, np.diff(self.starts))
-        self.work = int(self.positions.sum()) + len(self.positions)
+        self.work = int(self.places.sum()) + len(self.places)
         self.cuts: dict[int, Any] = {}
 
     def parts(self, kv_heads: int) -> Any:
@@ -66,7 +74,7 @@ class Step:
         cuts = self.cuts.get(kv_heads)
         if cuts is None:
             threads = numba.get_num_threads()
-            cost = np.cumsum(np.repeat(self.positions + 1, kv_heads))
+            cost = np.cumsum(np.repeat(self.places + 1, kv_heads))
             inner = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
             cuts = np.concatenate(([0], inner, [len(cost)])).astype(np.int64)
             self.cuts[kv_heads] = cuts
@@ -227,6 +235,17 @@ def _place(
                     normed, q_norm, k_norm, eps, query[token])  # fmt: skip
 
 
+@njit(cache=True, error_model="numpy")
+def copy_slots(copies: Any, half: Any) -> None:
+    """Copy slots of one layer's keys or values (blocks, kv_heads, size, width); copies (n, 4), see the batch."""
+    for n in range(len(copies)):
+        for head in range(half.shape[1]):
+            source = half[copies[n, 0], head, copies[n, 1]]
+            target = half[copies[n, 2], head, copies[n, 3]]
+            for i in range(half.shape[3]):
+                target[i] = source[i]
+
+
 _ONES: dict[int, Any] = {}
 
 
@@ -254,11 +273,17 @@ def place(
     if ones is None:
         ones = _ONES[width] = np.ones(width, np.float32)
     query, array = _empty((qkv.shape[0], heads, width), qkv.dtype)
+    slots = getattr(step, "places", None) if places is None else places
     _place(
-        _array(qkv), step.positions, step.positions if places is None else places, step.chunk_of, step.tables,
+        _array(qkv), step.positions, slots, step.chunk_of, step.tables,
         cos, sin, keys, values, heads, q_norm is not None,
         ones if q_norm is None else q_norm, ones if k_norm is None else k_norm, eps, array,
     )  # fmt: skip
+    if len(step.copies):
+        copy_slots(step.copies, keys)
+        copy_slots(step.copies, values)
+    if step.queries is not None:
+        step.queries.append(query)
     return query
 
 
@@ -341,7 +366,7 @@ def attend_pages(
     query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
     first: int, last: int,
 ) -> None:  # fmt: skip
-    """As :func:`_attend_items`, through the kernel for pages of sixteen keys."""
+    """As :func:`_attend_items`, through the kernel for pages of sixteen keys; a position below 0 leaves a row out."""
     kv_heads, width = keys.shape[1], keys.shape[3]
     group = query.shape[1] // kv_heads
     sums = np.empty((group, width), np.float32)
@@ -351,6 +376,8 @@ def attend_pages(
     for item in range(first, last):
         token, head = item // kv_heads, item % kv_heads
         position = positions[token]
+        if position < 0:
+            continue
         start = 0 if window <= 0 else max(0, position - window + 1)
         best[:] = np.float32(-1e30)
         total[:] = 0
@@ -409,14 +436,14 @@ def attend(
     out, array = _empty((tokens, heads * width), query.dtype)
     alone = step.work * heads * width * 2 < PARALLEL_WORK or tokens * kv_heads < 2
     if query.dtype is torch.bfloat16 and softcap is None and paged_kernel_takes(keys.shape[2], width):
-        given = (_array(query), step.chunk_of, step.positions, step.tables, keys, values, scale, window or 0, array)
+        given = (_array(query), step.chunk_of, step.places, step.tables, keys, values, scale, window or 0, array)
         if alone:
             attend_pages(*given, 0, tokens * kv_heads)
         else:
             _pages_parallel(*given, step.parts(kv_heads))
         return out
     arguments = (
-        _array(query), step.chunk_of, step.positions, step.tables, keys, values, scale,
+        _array(query), step.chunk_of, step.places, step.tables, keys, values, scale,
         0 if window is None else window, 0.0 if softcap is None else softcap, array,
     )  # fmt: skip
     if alone:

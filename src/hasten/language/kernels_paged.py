@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, in_blocks, scaled
 
-__all__ = ["PAGE", "attend_page", "paged_kernel_takes"]
+__all__ = ["LOWEST", "PAGE", "attend_page", "exp_lanes", "floats", "larger", "paged_kernel_takes", "shuffle"]
 
 PAGE = avx.LANES
 """Keys of a page."""
@@ -29,7 +29,8 @@ _STEP = 32
 """bfloat16 numbers of a register."""
 _INT = ir.IntType(32)
 _FLOAT = ir.FloatType()
-_LOWEST = -1e30
+LOWEST = -1e30
+"""Score of a key that is not seen."""
 
 
 def paged_kernel_takes(page: int, width: int) -> bool:
@@ -37,12 +38,14 @@ def paged_kernel_takes(page: int, width: int) -> bool:
     return page == PAGE and width % _STEP == 0 and avx.has_bfloat16()
 
 
-def _floats(value: float) -> Any:
+def floats(value: float) -> Any:
+    """Sixteen copies of a number."""
     single = struct.unpack("f", struct.pack("f", value))[0]
     return ir.Constant(avx.FLOATS, [ir.Constant(_FLOAT, single)] * avx.LANES)
 
 
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Lanes of two registers: 0 to 15 of the first, 16 to 31 of the second."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, avx.LANES), lanes))
 
 
@@ -59,8 +62,8 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
         half = len(vectors) // 2
         vectors = [
             builder.fadd(
-                _shuffle(builder, vectors[i], vectors[i + half], low),
-                _shuffle(builder, vectors[i], vectors[i + half], high),
+                shuffle(builder, vectors[i], vectors[i + half], low),
+                shuffle(builder, vectors[i], vectors[i + half], high),
             )
             for i in range(half)
         ]
@@ -72,30 +75,31 @@ def _over_lanes(builder: Any, vector: Any, join: Any) -> Any:
     """Every lane of the result holds ``join`` of all lanes."""
     span = avx.LANES // 2
     while span:
-        turned = _shuffle(builder, vector, vector, [(i + span) % avx.LANES for i in range(avx.LANES)])
+        turned = shuffle(builder, vector, vector, [(i + span) % avx.LANES for i in range(avx.LANES)])
         vector = join(vector, turned)
         span //= 2
     return vector
 
 
-def _larger(builder: Any) -> Any:
+def larger(builder: Any) -> Any:
+    """The larger of two registers, lane by lane, as a function."""
     return lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def _exp(builder: Any, x: Any) -> Any:
+def exp_lanes(builder: Any, x: Any) -> Any:
     """``e**x`` as in :func:`hasten.nn.bfloat.exp`."""
     floor = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(avx.FLOATS, [avx.FLOATS]), f"llvm.floor.v{avx.LANES}f32"
     )
-    lowest = _floats(-87.0)
+    lowest = floats(-87.0)
     x = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
-    y = builder.fmul(x, _floats(1.4426950408889634))
-    n = builder.call(floor, [builder.fadd(y, _floats(0.5))])
+    y = builder.fmul(x, floats(1.4426950408889634))
+    n = builder.call(floor, [builder.fadd(y, floats(0.5))])
     f = builder.fsub(y, n)
-    p = _floats(0.00015403530393381606)
+    p = floats(0.00015403530393381606)
     for c in (0.0013333558146428443, 0.009618129107628477, 0.05550410866482158, 0.24022650695910072,
               0.6931471805599453, 1.0):  # fmt: skip
-        p = avx.multiply_add(builder, p, f, _floats(c))
+        p = avx.multiply_add(builder, p, f, floats(c))
     bits = builder.add(builder.fptosi(n, avx.INTS), ir.Constant(avx.INTS, [127] * avx.LANES))
     return builder.fmul(p, builder.bitcast(builder.shl(bits, ir.Constant(avx.INTS, [23] * avx.LANES)), avx.FLOATS))
 
@@ -111,7 +115,7 @@ def _score_head(
     """One query head against the page: its softmax weights (16,), and its running maximum and sum brought forward."""
     sums = [cgutils.alloca_once(builder, avx.FLOATS) for _ in range(PAGE)]
     for place in sums:
-        builder.store(_floats(0.0), place)
+        builder.store(floats(0.0), place)
     with cgutils.for_range(builder, steps) as loop:
         at = scaled(builder, loop.index, LINE)
         query = avx.load(builder, q, at, avx.INTS)
@@ -120,11 +124,11 @@ def _score_head(
             part = avx.load(builder, where, 0, avx.INTS)
             builder.store(avx.dot_bfloat16(builder, builder.load(sums[key]), part, query), sums[key])
     scores = builder.fmul(_lane_sums(builder, [builder.load(place) for place in sums]), avx.splat(builder, scale))
-    scores = builder.select(inside, scores, _floats(_LOWEST))
+    scores = builder.select(inside, scores, floats(LOWEST))
     before = avx.splat(builder, avx.load(builder, best, 0, _FLOAT))
-    top = _larger(builder)(_over_lanes(builder, scores, _larger(builder)), before)
-    faded = _exp(builder, builder.fsub(before, top))
-    shares = builder.select(inside, _exp(builder, builder.fsub(scores, top)), _floats(0.0))
+    top = larger(builder)(_over_lanes(builder, scores, larger(builder)), before)
+    faded = exp_lanes(builder, builder.fsub(before, top))
+    shares = builder.select(inside, exp_lanes(builder, builder.fsub(scores, top)), floats(0.0))
     avx.store(builder, shares, weights, 0)
     avx.store(builder, _first(builder, top), best, 0)
     avx.store(builder, _first(builder, faded), fade, 0)

@@ -12,10 +12,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
-from hasten.language.kernels_cpu import attend_pages, gate_row, place_token
-from hasten.nn.bfloat import FAST, store
+from hasten.language.kernels_cpu import attend_pages, copy_slots, gate_row, place_token
+from hasten.nn.bfloat import FAST, bits_of_float, store
 from hasten.nn.product.blocks import GROUP, PANEL
 from hasten.nn.product.dispatch import BF16, array_at, part, prepare_row
 
@@ -100,37 +102,59 @@ def _rows_for(x: Any, matrix: Any, q: Any, starts: Any, scales: Any) -> None:
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _places(
-    qkv: Any, positions: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any, heads: int,
-    normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
+    qkv: Any, positions: Any, places: Any, chunk_of: Any, tables: Any, cos: Any, sin: Any, keys: Any, values: Any,
+    heads: int, normed: bool, q_norm: Any, k_norm: Any, eps: float, query: Any,
 ) -> None:  # fmt: skip
     rows = qkv.shape[0]
     if rows <= _SERIAL:
         for row in range(rows):
-            place_token(qkv[row], positions[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
+            place_token(qkv[row], positions[row], places[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
                         normed, q_norm, k_norm, eps, query[row])  # fmt: skip
     else:
         for row in prange(rows):
-            place_token(qkv[row], positions[row], positions[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
+            place_token(qkv[row], positions[row], places[row], tables[chunk_of[row]], cos, sin, keys, values, heads,
                         normed, q_norm, k_norm, eps, query[row])  # fmt: skip
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _attention(
-    query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
+    query: Any, chunk_of: Any, places: Any, tables: Any, keys: Any, values: Any, scale: float, window: int, out: Any,
     cuts: Any,
 ) -> None:  # fmt: skip
     if len(cuts) == 2:
-        attend_pages(query, chunk_of, positions, tables, keys, values, scale, window, out, cuts[0], cuts[1])
+        attend_pages(query, chunk_of, places, tables, keys, values, scale, window, out, cuts[0], cuts[1])
     else:
         for thread in prange(len(cuts) - 1):
-            attend_pages(query, chunk_of, positions, tables, keys, values, scale, window, out, cuts[thread],
+            attend_pages(query, chunk_of, places, tables, keys, values, scale, window, out, cuts[thread],
                          cuts[thread + 1])  # fmt: skip
+
+
+@intrinsic
+def _call(typing: Any, code: Any, job: Any, first: Any, last: Any) -> Any:
+    """Call the code at an address, see :mod:`kernels_tiles`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _in_parts(code: Any, job: Any, cuts: Any) -> None:
+    if len(cuts) == 2:
+        _call(code, job.ctypes.data, cuts[0], cuts[1])
+    else:
+        for thread in prange(len(cuts) - 1):
+            _call(code, job.ctypes.data, cuts[thread], cuts[thread + 1])
 
 
 @njit(cache=True, error_model="numpy")
 def run_stack(
     residual: Any, matrices: Any, norms: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, cos: Any, sin: Any,
-    local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any, positions: Any, tables: Any, cuts: Any,
+    local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any, positions: Any, places: Any, near: Any,
+    tables: Any, copies: Any, kept: Any, shares: Any, cuts: Any, code: Any, items: Any, merges: Any, states: Any,
     wanted: Any, heads: int, normed: bool, scale: float, eps: float, gelu: bool, widest: int, threads: int, logits: Any,
 ) -> None:  # fmt: skip
     """One step; :class:`hasten.language.stack.Stack` prepares what it takes."""
@@ -149,19 +173,39 @@ def run_stack(
     scales = np.empty((rows, (widest + 31) // 32), np.float32)
     inputs = np.empty(5, np.int64)
     inputs[1], inputs[2], inputs[3], inputs[4] = q.ctypes.data, starts.ctypes.data, scales.ctypes.data, widest
+    job = np.array(
+        [rows, heads, width, keys.shape[2], tables.shape[1], query.ctypes.data, places.ctypes.data, tables.ctypes.data,
+         tables.shape[0], 0, 0, 0, attended.ctypes.data, items.ctypes.data, states.shape[0], states.shape[1] // 16,
+         states.ctypes.data, np.int64(bits_of_float(np.float32(scale)))], np.int64,
+    )  # fmt: skip
+    joining = job.copy()
+    joining[13] = merges.ctypes.data
+    halves = min(threads, 1 + len(merges) // 4)
+    ends = np.array([len(merges) * part // halves for part in range(halves + 1)], np.int64)
     for layer in range(depth):
         one = matrices[layer]
         _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], q, starts, scales)
         _multiply(one[QKV], h, inputs, qkv, threads)
         q_norm, k_norm = array_at(norms[layer, 2], width), array_at(norms[layer, 3], width)
         if locals_[layer]:
-            _places(qkv, positions, chunk_of, tables, local_cos, local_sin, keys[layer], values[layer], heads, normed,
-                    q_norm, k_norm, eps, query)  # fmt: skip
+            _places(qkv, positions, places, chunk_of, tables, local_cos, local_sin, keys[layer], values[layer], heads,
+                    normed, q_norm, k_norm, eps, query)  # fmt: skip
         else:
-            _places(qkv, positions, chunk_of, tables, cos, sin, keys[layer], values[layer], heads, normed, q_norm,
-                    k_norm, eps, query)  # fmt: skip
-        _attention(query, chunk_of, positions, tables, keys[layer], values[layer], scale, windows[layer], attended,
-                   cuts)  # fmt: skip
+            _places(qkv, positions, places, chunk_of, tables, cos, sin, keys[layer], values[layer], heads, normed,
+                    q_norm, k_norm, eps, query)  # fmt: skip
+        if len(copies):
+            copy_slots(copies, keys[layer])
+            copy_slots(copies, values[layer])
+        if len(kept):
+            kept[layer] = query
+        if len(shares):
+            _attention(query, chunk_of, near, tables, keys[layer], values[layer], scale, windows[layer], attended,
+                       shares)  # fmt: skip
+        if code[0] != 0:
+            job[9], job[10], job[11] = keys[layer].ctypes.data, values[layer].ctypes.data, windows[layer]
+            _in_parts(code[0], job, cuts)
+            if len(merges):
+                _in_parts(code[1], joining, ends)
         _rows_for(attended, one[OUT], q, starts, scales)
         _multiply(one[OUT], attended, inputs, sums, threads)
         _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], q, starts, scales)

@@ -253,18 +253,30 @@ class KVCodec:
 
     def decode(self, blob: bytes) -> KeysValues:
         """The inverse. Raises :class:`~hasten.errors.DataError` for a corrupt, truncated or foreign stream."""
-        head, payload = _open(blob)
+        head, payload = self._checked(blob)
+        if head["level"] == 0:
+            return _from_exact(payload, head)
+        return self._restore(self._decompress(payload, head), head)
+
+    def check(self, blob: bytes) -> None:
+        """Raise what ``decode`` would raise; needs no model."""
+        head, payload = self._checked(blob)
+        if head["level"] == 0:
+            _from_exact(payload, head)
+        else:
+            self._decompress(payload, head)
+
+    def _checked(self, blob: bytes) -> tuple[dict[str, Any], bytes]:
+        head, payload = head_and_payload(blob)
         if head["model"] != self.model:
             raise DataError(
                 f"this KV stream belongs to the model {head['model'][:8]}…, not to {self.model[:8]}…; compute it again"
             )
         if (head["layers"], head["channels"]) != self.delta.shape[::2]:
             raise DataError("this KV stream has another shape than the codec; compute the context again")
-        if head["level"] == 0:
-            return _from_exact(payload, head)
-        if head["level"] not in self.tables:
+        if head["level"] != 0 and head["level"] not in self.tables:
             raise DataError(f"this KV stream has level {head['level']}, the codec has {sorted(self.tables)}")
-        return self._restore(self._decompress(payload, head), head)
+        return head, payload
 
     # ---- symbols ------------------------------------------------------------------------------------------------
 
@@ -456,7 +468,7 @@ def _from_exact(payload: bytes, head: dict[str, Any]) -> KeysValues:
     return KeysValues(both[0], both[1], head["start"])
 
 
-def _open(blob: bytes) -> tuple[dict[str, Any], bytes]:
+def head_and_payload(blob: bytes) -> tuple[dict[str, Any], bytes]:
     """Head and payload of a stream, checked."""
     try:
         if blob[:4] != _MAGIC:

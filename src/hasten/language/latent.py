@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigurationError
+from hasten.language import kernels_cpu
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import empty_decoder
 from hasten.language.decoder_files import fill, write_weights
@@ -143,8 +144,12 @@ class _LatentStep(PlacedStep):
             qkv, self.positions, self.placement.slots, self.starts, self.tables, *tables, keys, values, heads,
             executor._key_width, executor._rope, executor._rank, executor._plain,
         )  # fmt: skip
-        if self.placement.queries is not None:
-            self.placement.queries.append(query)
+        if len(self.copies):
+            kernels_cpu.copy_slots(self.copies, keys)
+            if not executor._plain:
+                kernels_cpu.copy_slots(self.copies, values)
+        if self.queries is not None:
+            self.queries.append(query)
         return query
 
     def attend(

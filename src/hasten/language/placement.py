@@ -127,6 +127,8 @@ class PlacedStep:
         self.positions = batch.positions.numpy()
         self.contexts = batch.contexts.numpy()
         self.tables = batch.block_tables.numpy()
+        self.copies = kernels_cpu.no_copies if batch.copies is None else batch.copies.numpy()
+        self.queries = batch.queries if self.placement.queries is None else self.placement.queries
         self.tile = tile
         self.shift = 0
         self._plans: dict[int, lean.Plan] = {}
@@ -136,10 +138,7 @@ class PlacedStep:
         self, qkv: Tensor, cos: Any, sin: Any, keys: Any, values: Any, heads: int, q_norm: Any, k_norm: Any, eps: float
     ) -> Tensor:
         """As :func:`kernels_cpu.place`, each key to its slot."""
-        query = kernels_cpu.place(qkv, self, cos, sin, keys, values, heads, q_norm, k_norm, eps, self.placement.slots)
-        if self.placement.queries is not None:
-            self.placement.queries.append(query)
-        return query
+        return kernels_cpu.place(qkv, self, cos, sin, keys, values, heads, q_norm, k_norm, eps, self.placement.slots)
 
     def attend(
         self, query: Tensor, keys: Any, values: Any, scale: float, window: int | None, softcap: float | None

@@ -8,7 +8,7 @@ earlier positions of their own chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,14 @@ class RaggedBatch:
     """(rows,) int64: which tokens' logits are wanted, as indices into ``tokens``"""
     placement: Placement | None = None
     """for trees of guesses and caches with gaps: slots and lines of sight of the rows; CPU only"""
+    places: Tensor | None = None
+    """(tokens,) int32: slot of each token along its block table, and the last one that it sees, where that is not its
+    position: a cache that lacks some positions; CPU only"""
+    copies: Tensor | None = None
+    """(n, 4) int32 of (block, slot) -> (block, slot): keys and values that every layer copies once those of the batch
+    are written and before anybody looks; for rows whose past is partly another row's; CPU only"""
+    queries: list[Tensor] | None = None
+    """a list here receives the queries (tokens, heads, width) of every layer, in order; CPU only"""
 
     @classmethod
     def build(
@@ -83,3 +91,20 @@ class RaggedBatch:
     @property
     def num_chunks(self) -> int:
         return self.contexts.shape[0]
+
+    def with_copies(self, copies: Tensor) -> RaggedBatch:
+        """The same batch with ``copies``."""
+        return replace(self, copies=copies)
+
+    def placed(self, positions: Tensor) -> RaggedBatch:
+        """The same tokens in the same slots, at other positions."""
+        return replace(self, positions=positions, places=self.positions)
+
+    def watched(self, queries: list[Tensor]) -> RaggedBatch:
+        """The same batch, whose queries are put into a list."""
+        return replace(self, queries=queries)
+
+    @property
+    def special(self) -> bool:
+        """Whether rows are placed, copied or looked at as only the CPU does it."""
+        return not (self.placement is None and self.places is None and self.copies is None and self.queries is None)

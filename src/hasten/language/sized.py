@@ -127,7 +127,7 @@ class SizedExecutor(Executor):
         """As :meth:`Executor.step`; few rows, and in deterministic mode all, run in one call."""
         few = batch.num_tokens < _FLASH_FROM or self.deterministic
         sound = not batch.block_tables.numel() or int(batch.block_tables.max()) < cache.num_blocks
-        if self._few is None or not few or not sound or batch.placement is not None or cache.block_size != 16:
+        if self._few is None or not few or not sound or batch.special or cache.block_size != 16:
             return super().step(batch, cache)
         return self._few.step(self.embed(batch.tokens), batch, cache)
 
@@ -315,8 +315,11 @@ class _SizedStep(PlacedStep):
             rows, self.placement.slots, self.chunk_of, self.tables, c, s, keys, values, heads, width, deep,
             q_norm is not None, ones if q_norm is None else q_norm, ones if k_norm is None else k_norm, eps, target,
         )  # fmt: skip
-        if self.placement.queries is not None:
-            self.placement.queries.append(query)
+        if len(self.copies):
+            kernels_cpu.copy_slots(self.copies, keys)
+            kernels_cpu.copy_slots(self.copies, values)
+        if self.queries is not None:
+            self.queries.append(query)
         return query
 
     def attend(

@@ -8,11 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.language import kernels_tiles
 from hasten.language.config import DecoderConfig
 from hasten.language.kernels_cpu import PARALLEL_WORK, Step
-from hasten.language.kernels_paged import paged_kernel_takes
+from hasten.language.kernels_paged import PAGE, paged_kernel_takes
+from hasten.language.kernels_tiles import FAR, plan, split
 
 __all__ = ["Stack"]
+
+_NO_QUERIES = np.empty((0, 0, 0, 0), np.uint16)
+_NO_ITEMS = np.empty((0, 6), np.int64)
+_NO_STATES = np.empty((0, 0, 0), np.float32)
+_NO_CODE = np.zeros(2, np.int64)
+_NONE = np.zeros(0, np.int64)
+_PIECE = 32
+"""Rows of a chunk from which it is a piece of a prompt, whose bits need not be those of rows that come one by one."""
 
 
 class Stack:
@@ -29,6 +39,11 @@ class Stack:
         self._matrices, self._norms, self._head = matrices, norms, head
         self._keep = keep
         self._rest = rest
+        self.deterministic = False
+        """whether a row must have the same bits however long its chunk is"""
+        self._code: Any = None
+        if kernels_tiles.takes(PAGE, config.head_dim):
+            self._code = np.array([kernels_tiles.code_of(n).address for n in ("attend", "merge")], np.int64)
         self._widest = -(-max(int(matrices[..., 2].max()), int(head[2])) // 32) * 32
 
     @classmethod
@@ -77,15 +92,39 @@ class Stack:
         config = self._config
         logits = torch.empty((wanted.shape[0], config.vocab_size), dtype=torch.float32)
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        items = len(step.positions) * kv_heads
-        alone = step.work * heads * config.head_dim * 2 < PARALLEL_WORK or items < 2
-        cuts = np.array([0, items], np.int64) if alone else step.parts(kv_heads)
+        kept = _NO_QUERIES
+        if step.queries is not None:
+            kept = np.empty((config.num_layers, len(step.positions), heads, config.head_dim), np.uint16)
+        work = step.work * heads * config.head_dim * 2
+        tables = step.tables
+        items, merges, states, code, cuts = _NO_ITEMS, _NO_ITEMS, _NO_STATES, _NO_CODE, _NONE
+        near, shares = step.places, _NONE
+        rows = len(step.places) * kv_heads
+        longest = int(np.diff(step.starts).max(initial=0)) if len(step.places) > len(step.starts) else 1
+        pieces = 1 << 30 if self.deterministic else _PIECE
+        if self._code is not None and (longest > pieces or int(near.max(initial=0)) >= FAR):
+            code, tables = self._code, np.ascontiguousarray(tables)
+            begins, near = split(step.starts, step.places, pieces)
+            parts = 1 if work < PARALLEL_WORK else threads()
+            items, merges, cuts, count, most = plan(
+                step.starts, begins, step.places, kv_heads, heads // kv_heads, parts
+            )
+            cuts = cuts if len(items) > 1 else np.array([0, len(items)], np.int64)
+            states = np.empty((count, most * 16, config.head_dim + 2), np.float32)
+            shares = np.array([0, rows], np.int64) if (near >= 0).any() else _NONE
+        elif work < PARALLEL_WORK or rows < 2:
+            shares = np.array([0, rows], np.int64)
+        else:
+            shares = step.parts(kv_heads)
         rest = self._rest
         run_stack(
             residual.numpy(), self._matrices, self._norms, self._head, rest["last_norm"].ctypes.data, rest["windows"],
             rest["local"], *rest["tables"], cache.keys.view(torch.uint16).numpy(),
-            cache.values.view(torch.uint16).numpy(), step.chunk_of, step.positions, step.tables, cuts, wanted.numpy(),
+            cache.values.view(torch.uint16).numpy(), step.chunk_of, step.positions, step.places, near, tables,
+            step.copies, kept, shares, cuts, code, items, merges, states, wanted.numpy(),
             heads, config.qk_norm, float(config.attention_scale), float(config.norm_eps), config.activation != "silu",
             self._widest, threads(), logits.numpy(),
         )  # fmt: skip
+        if step.queries is not None:
+            step.queries.extend(torch.from_numpy(kept).view(torch.bfloat16))
         return logits

@@ -31,10 +31,11 @@ from hasten.errors import (
     OutOfBlocksError,
 )
 from hasten.language.cache import BlockPool
+from hasten.language.forks import Fork
 from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampled, Sampler, SamplingParams, SamplingState, top_logprobs
-from hasten.language.speculate.proposal import Proposal, Proposer
-from hasten.language.speculate.verify import accept_chain
+from hasten.language.speculate.proposal import Host, Proposal, Proposer
+from hasten.language.speculate.verify import accept_chain, accept_path
 from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_for
 from hasten.serve.kvstore import PrefixStore
 from hasten.serve.layout import BatchLayout
@@ -49,6 +50,8 @@ from hasten.serve.stats import EngineStats
 
 __all__ = ["Engine"]
 
+_BRANCHES = -1
+"""the "sequence" whose blocks are the pages of trees of guesses, for the length of one step"""
 _DEFAULT_CACHE = 1 << 30
 """bytes of the cache where nobody chose its size, at most"""
 
@@ -86,7 +89,7 @@ class _Track:
         self.tokens = np.empty(room, dtype=np.int64)
         self.tokens[: request.prompt_len] = prompt
         self.slot = -1
-        self.rank: tuple[int, bool, float, int] = (request.priority, True, request.arrival, request.seq)
+        self.rank: tuple[int, bool, float, int] = (request.priority, True, request.due, request.seq)
         self.version = -1
         self.names: list[bytes] | None = None
         self.cached = 0
@@ -198,6 +201,9 @@ class Engine:
         if proposer is not None:
             times = StepTimes.measure(self.executor, self.clock, context=min(256, self.max_model_len // 2))
             self._speculator = Speculator(proposer, speculation, times=times)
+            if hasattr(proposer, "attach"):
+                proposer.attach(Host(self.executor, self.cache, self.pool.table, block_size, num_blocks))
+        self.pool.open(_BRANCHES, ())
         self._store = kv_store
         self._sampler = Sampler(self.vocab_size)
         self._layout = BatchLayout(min(most, num_blocks))
@@ -346,16 +352,17 @@ class Engine:
             plan, guesses = self._guess(plan, self._speculator)
         guessed = self.clock.now() if self._speculator is not None else begin
         work = self._prepare(plan.chunks, begin, guesses) if plan.chunks else []
+        forks = self._branch(work, guesses) if guesses else {}
         if not work:
             self._note_idle(bool(plan.preempt), outputs)
             return outputs
         self._idle_steps = 0
-        batch, ready, probes = self._build(work, guesses)
+        batch, ready, probes = self._build(work, guesses, forks)
         logits = self.executor.step(batch, self.cache)
         if probes:
             self._read_prompt_logprobs(work, logits, probes)
         if guesses:
-            self._verify(work, ready, logits, guesses, outputs)
+            self._verify(work, ready, logits, guesses, forks, outputs)
         else:
             self._account(work)
             if ready:
@@ -368,7 +375,11 @@ class Engine:
         if self._speculator is not None and len(ready) == len(work):
             end = self.clock.now()
             self._speculator.learn_step(
-                batch.num_tokens, end - guessed, len(outputs), end - begin, guessed=bool(guesses)
+                batch.num_tokens,
+                end - guessed,
+                len(outputs),
+                end - begin,
+                guessed=sum(len(p.tokens) for p in guesses.values()),
             )
         return outputs
 
@@ -386,8 +397,36 @@ class Engine:
                 continue
             left = request.max_tokens - request.generated - 1
             limit = min(left, self.max_model_len - request.known - 1) if track.state.grammar is None else 0
-            candidates.append(Candidate(chunk, request, track.tokens[: request.known], limit))
+            candidates.append(Candidate(chunk, request, track.tokens[: request.known], limit, track.state))
         return speculator.extend(plan, candidates, max(0, free), self.block_size, self.clock)
+
+    def _branch(self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal]) -> dict[int, Fork]:
+        """Pages for the branches of trees, out of the free blocks; a tree that finds none is left out."""
+        forks: dict[int, Fork] = {}
+        pool = self.pool
+        held = pool.table(_BRANCHES)
+
+        def take() -> int:
+            pool.grow(_BRANCHES, (len(held) + 1) * self.block_size)
+            return held[-1]
+
+        for index, (track, start, _) in enumerate(work):
+            request = track.request
+            proposal = guesses.get(request.seq)
+            if proposal is None or proposal.parents is None:
+                continue
+            fork = Fork(request.known, pool.table(request.seq), self.block_size, take)
+            before = len(held)
+            try:
+                for parent in proposal.parents:
+                    fork.add(parent)
+            except OutOfBlocksError:
+                pool.shrink(_BRANCHES, before * self.block_size)
+                del guesses[request.seq]
+                work[index] = (track, start, request.known)
+            else:
+                forks[request.seq] = fork
+        return forks
 
     def _verify(
         self,
@@ -395,6 +434,7 @@ class Engine:
         ready: list[tuple[_Track, int]],
         logits: torch.Tensor,
         guesses: dict[int, Proposal],
+        forks: dict[int, Fork],
         outputs: list[Output],
     ) -> None:
         """Choose a token at every wanted row, keep the guesses that equal the choices, and hand out."""
@@ -406,24 +446,31 @@ class Engine:
             count = 0 if proposal is None else len(proposal.tokens)
             spans.append((len(rows), count))
             for place in range(count + 1):
-                states.append(track.state.ahead(proposal.tokens[:place]) if proposal is not None else track.state)
+                states.append(track.state.ahead(proposal.branch(place - 1)) if proposal is not None else track.state)
                 rows.append(row + place)
         sampled = self._sampler.sample(logits if len(rows) == logits.shape[0] else logits[rows], states)
         tracks: list[_Track] = []
         kept: list[int] = []
         for (track, _), (first, count) in zip(ready, spans, strict=True):
-            accepted = 0
+            path: list[int] = []
             proposal = guesses.get(track.request.seq)
             if proposal is not None:
-                accepted = accept_chain(proposal.tokens, sampled.tokens[first : first + count + 1])
-                if sampled.finite is not None:
-                    bad = [i for i in range(count + 1) if not sampled.finite[first + i]]
-                    accepted = min([accepted, *bad])
+                chosen = sampled.tokens[first : first + count + 1]
+                if proposal.parents is None:
+                    path = list(range(accept_chain(proposal.tokens, chosen)))
+                else:
+                    path = accept_path(proposal.tokens, proposal.parents, chosen)
+                if sampled.finite is not None:  # nothing stands behind a row that says nothing
+                    sound = [sampled.finite[first], *(sampled.finite[first + 1 + n] for n in path)]
+                    path = path[: sound.index(False)] if False in sound else path
                 assert self._speculator is not None
-                self._speculator.learn(track.request.seq, proposal, accepted)
-                track.foresee(sampled.tokens[first : first + accepted + 1])
-            tracks += [track] * (accepted + 1)
-            kept += range(first, first + accepted + 1)
+                self._speculator.learn(track.request.seq, proposal, path)
+                track.foresee([chosen[0], *(chosen[1 + n] for n in path)])
+                if path and track.request.seq in forks:
+                    moves = forks[track.request.seq].kept(path[-1], self.pool.table(track.request.seq))
+                    self.executor.move(self.cache, moves)
+            tracks += [track] * (len(path) + 1)
+            kept += [first, *(first + 1 + n for n in path)]
         ends = {id(track): 0 for track, _ in ready}
         for track in tracks:
             ends[id(track)] += 1
@@ -434,6 +481,8 @@ class Engine:
             if request.seq in guesses and request.status is Status.RUNNING:
                 self.pool.shrink(request.seq, request.known)
                 request.blocks = len(self.pool.table(request.seq))
+        if forks:
+            self.pool.shrink(_BRANCHES, 0)
 
     def _queue_now(self) -> list[Request]:
         """The waiting sequences in order; the first few know what the cache would give them now."""
@@ -483,7 +532,7 @@ class Engine:
         request.status = Status.WAITING
         request.preemptions += 1
         self.counters.num_preemptions += 1
-        track.rank = (request.priority, False, request.arrival, seq)
+        track.rank = (request.priority, False, request.due, seq)
         self._enqueue(track)
 
     def _prepare(
@@ -551,7 +600,7 @@ class Engine:
         self._layout.extend(track.slot, held, table[held:])
 
     def _build(
-        self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal]
+        self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal], forks: dict[int, Fork]
     ) -> tuple[RaggedBatch, list[tuple[_Track, int]], list[tuple[int, int, int]]]:
         """The batch, the tracks that get a token with their rows, and (work, first row, rows) of prompt logprobs."""
         size = self.block_size
@@ -589,6 +638,9 @@ class Engine:
         ]
         contexts = [start for _, start, _ in work]
         slots = [track.slot for track, _, _ in work]
+        if forks:
+            branches = [forks.get(track.request.seq) for track, _, _ in work]
+            return self._layout.build_forked(pieces, contexts, slots, rows, width, branches), ready, probes
         return self._layout.build(pieces, contexts, slots, rows, width), ready, probes
 
     def _account(self, work: list[tuple[_Track, int, int]]) -> None:

@@ -19,7 +19,7 @@ from hasten.errors import ConfigurationError, DataError
 from hasten.language.kvcodec import KeysValues, KVCodec, fingerprint, fit, read_cache, write_cache
 from hasten.language.kvfiles import write_bytes
 
-__all__ = ["PrefixStore"]
+__all__ = ["PrefixStore", "sample_contexts"]
 
 _log = logging.getLogger("hasten.serve")
 
@@ -61,7 +61,7 @@ class PrefixStore:
                     f"{fingerprint(model)[:8]}…); give every model a folder of its own"
                 )
         else:
-            codec = fit(model, (contexts or (lambda: _sample_contexts(model)))(), measure=quality is not None)
+            codec = fit(model, (contexts or (lambda: sample_contexts(model)))(), measure=quality is not None)
             codec.save(path)
         level = 0 if quality is None else codec.best_level(1.0 + quality)
         return cls(folder, codec, level=level, **options)
@@ -148,7 +148,7 @@ class PrefixStore:
         }
 
 
-def _sample_contexts(model: Any, count: int = 12) -> list[list[int]]:
+def sample_contexts(model: Any, count: int = 12) -> list[list[int]]:
     """Token lists out of the standard library; any text will do for the spread of a model's keys and values."""
     from hasten.language.corpus import documents
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from hasten.language.forks import Fork
 from hasten.language.ragged import RaggedBatch
 
 __all__ = ["BatchLayout"]
@@ -80,6 +81,47 @@ class BatchLayout:
         width: int,
     ) -> RaggedBatch:
         """Token ids of every chunk, tokens before it, its row, and the wanted rows as indices into all tokens."""
+        return self._batch(pieces, contexts, rows, self._tables[list(slots), :width])
+
+    def build_forked(
+        self,
+        pieces: Sequence[np.ndarray],
+        contexts: Sequence[int],
+        slots: Sequence[int],
+        rows: Sequence[int],
+        width: int,
+        forks: Sequence[Fork | None],
+    ) -> RaggedBatch:
+        """As :meth:`build`; where there is a fork, its nodes are the last tokens of the piece, each a chunk of its own
+        that sees its own branch."""
+        parts: list[np.ndarray] = []
+        before: list[int] = []
+        owners: list[int] = []
+        own: list[tuple[int, Fork, list[int]]] = []
+        for piece, context, slot, fork in zip(pieces, contexts, slots, forks, strict=True):
+            if fork is None:
+                parts.append(piece)
+                before.append(context)
+                owners.append(slot)
+                continue
+            known = fork.context - context
+            nodes = list(range(len(piece) - known))
+            own.append((len(parts) + 1, fork, nodes))
+            parts += [piece[:known], *(piece[known + n : known + n + 1] for n in nodes)]
+            before += [context, *fork.contexts(nodes)]
+            owners += [slot] * (1 + len(nodes))
+        pages = [fork.pages(nodes) for _, fork, nodes in own]
+        most = max(fork.first + p.shape[1] for (_, fork, _), p in zip(own, pages, strict=True))
+        tables = np.zeros((len(parts), max(width, most)), np.int32)
+        tables[:, :width] = self._tables[owners, :width]
+        for (at, fork, nodes), p in zip(own, pages, strict=True):
+            tables[at : at + len(nodes), fork.first : fork.first + p.shape[1]] = p
+        copies = np.concatenate([fork.copies(nodes) for _, fork, nodes in own])
+        return self._batch(parts, before, rows, tables).with_copies(torch.from_numpy(copies))
+
+    def _batch(
+        self, pieces: Sequence[np.ndarray], contexts: Sequence[int], rows: Sequence[int], tables: np.ndarray
+    ) -> RaggedBatch:
         lengths = np.fromiter((len(p) for p in pieces), dtype=np.int32, count=len(pieces))
         starts = np.zeros(len(pieces) + 1, dtype=np.int32)
         np.cumsum(lengths, out=starts[1:])
@@ -96,6 +138,6 @@ class BatchLayout:
             positions=torch.from_numpy(positions),
             starts=torch.from_numpy(starts),
             contexts=torch.from_numpy(before),
-            block_tables=torch.from_numpy(self._tables[list(slots), :width]),
+            block_tables=torch.from_numpy(tables),
             logit_rows=torch.tensor(rows, dtype=torch.int64),
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from hasten.serve.policy.speculation import (
 )
 from hasten.serve.request import Sequence as Request
 
+if TYPE_CHECKING:
+    from hasten.language.sampling import SamplingState
+
 __all__ = ["Acceptance", "Candidate", "SpeculationStats", "Speculator", "StepTimes"]
 
 _PRIOR = (7.0, 3.0)
@@ -37,6 +40,10 @@ _ROWS = 4
 """rows of one sequence in the steps that are measured"""
 _BESIDE = (6e-5, 4e-6)
 """seconds per step and per row that an engine takes beside its model, until steps have been seen"""
+_FIRST = 2
+"""calls of a proposer that load code and make ready, and say nothing about what it costs"""
+_TRIES = 8
+"""calls of a proposer after which its price is believed"""
 _PIECE = 32
 """prompt tokens in a step from which nothing is guessed: such a step is long, and guesses would wait in it"""
 
@@ -233,18 +240,25 @@ class Candidate:
     """its known tokens"""
     limit: int
     """guesses that are of any use to it"""
+    state: SamplingState | None = None
+    """how it chooses its tokens"""
 
 
 class _Stage:
     """One proposer with what is known of it: how often its guesses stand, and what they cost."""
 
-    __slots__ = ("acceptance", "asleep", "call", "calls", "gain", "price", "proposer", "since", "token")
+    __slots__ = (
+        "acceptance", "asleep", "call", "calls", "gain", "made", "price", "probe", "proposer", "since", "spent",
+        "token",
+    )  # fmt: skip
 
     def __init__(self, proposer: Proposer, window: int) -> None:
         self.proposer = proposer
         self.acceptance = Acceptance(window)
         self.call = 0.0  # seconds of asking, decaying average
         self.token = 0.0  # seconds per guess beside that
+        self.spent, self.made = 0.0, 0.0  # decaying averages of the seconds and the guesses of calls that gave some
+        self.probe = getattr(proposer, "probe", 1)  # guesses that a try asks for
         self.since = 0  # steps since it was asked
         self.gain = 1.2  # tokens per second of steps with its guesses over those of plain steps, decaying average
         self.calls = 0
@@ -254,12 +268,14 @@ class _Stage:
     def note(self, seconds: float, tokens: int) -> None:
         """Asking took so long and gave so many tokens. The first calls load code and do not count."""
         self.calls += 1
-        if self.calls <= 2:
+        if self.calls <= _FIRST:
             return
         if tokens == 0:
             self.call = _towards(self.call, seconds)
         else:
-            self.token = _towards(self.token, max(0.0, seconds - self.call) / tokens)
+            self.spent = _towards(self.spent, max(0.0, seconds - self.call))
+            self.made += (0.1 if self.made else 1.0) * (tokens - self.made)
+            self.token = self.spent / self.made
 
 
 def _towards(old: float, new: float) -> float:
@@ -280,7 +296,9 @@ class Speculator:
         times: StepCost | None = None,
     ) -> None:
         self.proposer = proposer
-        self.policy: SpeculationPolicy = policy or GoodputSpeculation()
+        usual = GoodputSpeculation()
+        most = max(usual.max_length, getattr(proposer, "most", 0))
+        self.policy: SpeculationPolicy = policy or GoodputSpeculation(max_length=most)
         self.stats = SpeculationStats()
         self.times = times
         window = getattr(self.policy, "window", 100)
@@ -288,7 +306,6 @@ class Speculator:
         self._stages = [_Stage(part, window) for part in parts]
         self._by_name = {stage.proposer.name: stage for stage in self._stages}
         self._expected = 0.0
-        self._given: list[Proposal] = []
         self._extra = 0.0  # seconds per decode that a step with guesses takes beside its rows and its drafting
         self._drafted = 0.0
         self._asked: list[_Stage] = []
@@ -349,7 +366,6 @@ class Speculator:
         began = clock.now()
         self._drafted = 0.0
         self._asked = []
-        self._given = []
         for stage in self._stages:
             if not left:
                 break
@@ -357,7 +373,6 @@ class Speculator:
                 continue
             left = self._ask(stage, candidates, contexts, limits, pieces, left, proposals, clock)
         out = {c.request.seq: p for c, p in zip(candidates, proposals, strict=True) if p.tokens}
-        self._given = list(out.values())
         if not out:
             return plan, {}
         expected = len(candidates) + sum(sum(p.survival) for p in out.values())
@@ -388,19 +403,21 @@ class Speculator:
         if goodput:
             alphas = [stage.acceptance.alpha(candidates[i].request.seq) for i in left]
             step = self._seconds(len(candidates) + pieces)
-            if stage.call + stage.token > 0.01 * step:  # guessing costs something: only where it pays
+            if stage.calls > _TRIES and stage.call + stage.token > 0.01 * step:  # it costs: only where it pays
                 found = self._decide(alphas, [contexts[i] for i in left], len(candidates) - len(left), pieces, lengths,
                                      None, DraftCost(fixed=stage.call, per_token=stage.token))  # fmt: skip
                 if not any(found):
                     if stage.since < policy.probe_every:  # type: ignore[attr-defined]
                         return left
-                    found, probing = [min(1, n) for n in lengths], True
+                    found, probing = [min(stage.probe, n) for n in lengths], True
                 lengths = found
         stage.since = 0
         asked = [i for i, n in zip(left, lengths, strict=True) if n]
         began = clock.now()
         asks = [
-            Ask(candidates[i].request.seq, candidates[i].tokens, n) for i, n in zip(left, lengths, strict=True) if n
+            Ask(candidates[i].request.seq, candidates[i].tokens, n, candidates[i].state)
+            for i, n in zip(left, lengths, strict=True)
+            if n
         ]
         answers = stage.proposer.propose(asks)
         spent = clock.now() - began
@@ -464,17 +481,22 @@ class Speculator:
             lengths[who] += 1
         return lengths
 
-    def learn(self, seq: int, proposal: Proposal, accepted: int) -> None:
-        """What became of one sequence's guesses."""
+    def learn(self, seq: int, proposal: Proposal, path: Sequence[int]) -> None:
+        """What became of one sequence's guesses: the numbers of those that stood."""
+        accepted = len(path)
         self.stats.add(len(proposal.tokens), accepted)
         stage = self._by_name.get(proposal.source)
-        if stage is not None:
-            stage.acceptance.learn(seq, accepted, len(proposal.tokens))
-            if proposal.parents is None:
-                stage.proposer.learn(proposal, accepted)
+        if stage is None:
+            return
+        stage.acceptance.learn(seq, accepted, len(proposal.tokens) if proposal.parents is None else proposal.depth)
+        if proposal.parents is None:
+            stage.proposer.learn(proposal, accepted)
+        elif hasattr(stage.proposer, "learn_path"):
+            stage.proposer.learn_path(proposal, path)
 
-    def learn_step(self, rows: int, seconds: float, tokens: int, whole: float, *, guessed: bool) -> None:
-        """A step of so many rows took ``seconds`` after the guessing, ``whole`` with it, and brought so many tokens."""
+    def learn_step(self, rows: int, seconds: float, tokens: int, whole: float, *, guessed: int) -> None:
+        """A step of so many rows, ``guessed`` of them guesses, took ``seconds`` after the guessing and ``whole`` with
+        it, and brought so many tokens."""
         if not guessed:
             if isinstance(self.times, StepTimes):
                 self.times.learn(rows, seconds)
@@ -487,12 +509,14 @@ class Speculator:
             rate = 1.0 if stats.predicted_goodput == 0.0 else 0.05
             stats.predicted_goodput += rate * (self._expected - stats.predicted_goodput)
             stats.observed_goodput += rate * (tokens / whole - stats.observed_goodput)
-            decodes = rows - sum(len(p.tokens) for p in self._given)
+            decodes = rows - guessed
             self._extra = _towards(self._extra, max(0.0, whole - self._drafted - self._seconds(rows)) / max(decodes, 1))
         if self._asked and whole > 0:  # what asking costs counts whether or not anything came of it
-            decodes = rows - (sum(len(p.tokens) for p in self._given) if guessed else 0)
+            decodes = rows - guessed
             plain = decodes / max(self._plain.get(decodes, (self._seconds(decodes), 0))[0], 1e-12)
             for stage in self._asked:
+                if stage.calls <= _FIRST:
+                    continue
                 rate = 0.05 if stage.gain >= 1.0 else 0.2
                 stage.gain += rate * (min(tokens / whole / plain, 16.0) - stage.gain)
                 stage.price += 0.2 * (max(0.0, whole - tokens / plain) - stage.price)

@@ -24,24 +24,30 @@ __all__ = ["replay_in_engine", "search", "tune_server"]
 
 
 def replay_in_engine(
-    model: Any, point: Point, load: Workload, slo: SLO, *, blocks: int, clock: Clock | None = None, seed: int = 0
-) -> dict[str, float]:
-    """Serve ``load`` on a fresh engine with the knobs of ``point``, in the workload's own time; the values measured."""
-    import numpy as np
+    model: Any, point: Point, load: Workload, slo: SLO, *, blocks: int, clock: Clock | None = None, seed: int = 0,
+    draft: str | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Serve ``load`` on a fresh engine with the knobs of ``point``, in the workload's own time; the values measured.
 
+    Prompts are library code where the model reads text: what guesses are worth depends on the text.
+    """
     from hasten.language.sampling import SamplingParams
+    from hasten.language.speculate.choose import choose
     from hasten.serve.engine import Engine
     from hasten.serve.metrics import summarise
     from hasten.serve.policy import make
+    from hasten.tune.guessing import policy_of, prompts_for
     from hasten.tune.serving import values_of
 
     clock = clock or MonotonicClock()
     knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
     policy = make(point.get("policy", "stall-free"), **knobs)
-    engine = Engine(model, policy, num_blocks=blocks, clock=clock)
-    rng = np.random.default_rng(seed)
-    vocabulary = int(model.executor.vocab_size)
-    prompts = [rng.integers(0, vocabulary, spec.prompt_len).tolist() for spec in load]
+    proposer = choose(model, point.get("speculate", "off"), draft)
+    engine = Engine(
+        model, policy, num_blocks=blocks, clock=clock, proposer=proposer, speculation=policy_of(point),
+        prefix_sharing=False,
+    )  # fmt: skip
+    prompts = prompts_for(model, [spec.prompt_len for spec in load], seed)
     began, origin, index = clock.now(), load[0].arrival, 0
     while index < len(load) or engine.has_work:
         while index < len(load) and load[index].arrival - origin <= clock.now() - began:
@@ -64,6 +70,8 @@ def search(
     rate: float = 2.0,
     requests: int = 60,
     precisions: Sequence[str] = ("bf16", "int8"),
+    speculate: Sequence[str] = ("off", "ngram", "auto"),
+    draft: str | None = None,
     confirm: int = 3,
     storage: Path | None = None,
     time_limit: float | None = None,
@@ -76,10 +84,12 @@ def search(
     """Tune the server of the language model ``name`` for ``slo`` at ``rate`` requests per second.
 
     ``workload`` is a built-in sample or the file of a trace, scaled to the model's context; ``model`` hands in a loaded
-    one. The untuned setting is prefill-first in the first precision.
+    one. ``speculate``: who may guess, in the words of ``hasten serve --speculate``; those that the model cannot do are
+    left out. The untuned setting is prefill-first in the first precision, without guesses.
     """
     from hasten.language import load as load_model
     from hasten.serve import workload as workloads
+    from hasten.tune.guessing import words_for
 
     if not precisions:
         raise ConfigurationError("no precision is left to try; give for example --precisions bf16,int8")
@@ -95,13 +105,23 @@ def search(
         offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4),
         baseline={"policy": "prefill-first", "precision": precisions[0], "max_num_seqs": 64},
         precisions=precisions,
+        speculate=words_for(base, speculate, draft),
+        draft=draft,
         confirm=confirm,
         storage=storage,
         time_limit=time_limit,
         seed=seed,
         calibration_time=calibration_time,
         clock=clock,
-        facts={"model": name, "rate": rate, "requests": requests, "workload": workload, "seed": seed},
+        facts={
+            "model": name,
+            "rate": rate,
+            "requests": requests,
+            "workload": workload,
+            "seed": seed,
+            "speculate": list(speculate),
+            "draft": draft,
+        },
         progress=progress,
     )
 
@@ -113,6 +133,9 @@ def tune_server(
     *,
     baseline: Point,
     precisions: Sequence[str],
+    speculate: Sequence[str] = ("off",),
+    guesses: Sequence[int] = (0, 4),
+    draft: str | None = None,
     costs: Mapping[str, IterationCost] | None = None,
     blocks: int | None = None,
     overhead: float = 0.0,
@@ -125,14 +148,19 @@ def tune_server(
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> ServingResult:
-    """Search policy knobs and precisions for ``slo`` under the load ``offered``.
+    """Search policy knobs, precisions and who guesses tokens for ``slo`` under the load ``offered``.
 
-    ``costs`` are iteration costs that are known already; the others are calibrated. ``overhead`` in seconds is added to
-    every simulated step.
+    ``speculate``: words of ``--speculate``; ``guesses``: numbers of guesses, 0 leaves them to goodput. ``costs`` are
+    iteration costs that are known already; the others are calibrated. ``overhead`` in seconds is added to every
+    simulated step.
     """
     from hasten.serve.cost import IterationCost as Cost
+    from hasten.tune.guessing import measure_guessing, prompts_for
     from hasten.tune.serving import simulated, tune_serving
-    from hasten.tune.space import serving_space
+    from hasten.tune.space import Knob, Space, serving_space
+
+    if not speculate or not guesses or min(guesses) < 0:
+        raise ConfigurationError("say at least off for speculate, and numbers of guesses from 0 on")
 
     clock = clock or MonotonicClock()
     told: Callable[[str, float], None] = progress or (lambda stage, share: None)
@@ -146,13 +174,24 @@ def tune_server(
         if precision not in known:
             known[precision] = Cost.calibrate(models[precision], clock, time_limit=calibration_time, progress=False)
 
+    words = [word for word in speculate if word != "off"]
+    guessing = {}
+    for index, (precision, word) in enumerate((p, w) for p in precisions for w in words):
+        told(f"measuring {word} with {precision}", 0.3 + 0.1 * index / (len(precisions) * len(words)))
+        prompts = prompts_for(models[precision], [spec.prompt_len for spec in list(offered)[:6]], seed + 1)
+        guessing[precision, word] = measure_guessing(models[precision], word, prompts, draft=draft, clock=clock)
+
     def measure(point: Point) -> dict[str, float]:
         one = models[point["precision"]]
-        return replay_in_engine(one, point, offered, slo, blocks=blocks, clock=clock, seed=seed)
+        return replay_in_engine(one, point, offered, slo, blocks=blocks, clock=clock, seed=seed, draft=draft)
 
+    space = serving_space(precisions=precisions)
+    if words:
+        counts = Knob("guesses", tuple(guesses), lambda point: point["speculate"] != "off")
+        space = Space((*space.knobs, Knob("speculate", tuple(speculate)), counts), space.allowed)
     return tune_serving(
-        serving_space(precisions=precisions),
-        simulated(known, offered, slo, blocks=blocks, overhead=overhead),
+        space,
+        simulated(known, offered, slo, blocks=blocks, overhead=overhead, guessing=guessing),
         measure,
         slo,
         baseline=baseline,
@@ -161,5 +200,5 @@ def tune_server(
         facts=facts,
         time_limit=time_limit,
         clock=clock,
-        progress=lambda stage, share: told(stage, 0.3 + 0.7 * share),
+        progress=lambda stage, share: told(stage, 0.4 + 0.6 * share),
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hasten.serve.cost import IterationCost
     from hasten.serve.metrics import ServingMetrics
     from hasten.serve.workload import Workload
+    from hasten.tune.guessing import Guessing
 
 __all__ = ["ServingResult", "simulated", "tune_serving", "values_of"]
 
@@ -51,10 +52,12 @@ def simulated(
     blocks: int,
     block_size: int = 16,
     overhead: float = 0.0,
+    guessing: Mapping[tuple[str, str], Guessing] | None = None,
 ) -> Callable[[Point], dict[str, float]]:
-    """A prediction for points with the knobs policy, precision, token_budget and max_num_seqs.
+    """A prediction for points with the knobs policy, precision, token_budget, max_num_seqs, speculate and guesses.
 
     ``costs``: precision -> its fitted cost. The same policy object that would run in the engine runs here.
+    ``guessing``: (precision, word of ``--speculate``) -> what was measured of it.
     """
     from hasten.serve.policy import make
     from hasten.serve.simulate import Simulator
@@ -65,8 +68,14 @@ def simulated(
             raise ConfigurationError(f"no cost was fitted for {precision!r}; known are {', '.join(costs)}")
         knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
         policy = make(point.get("policy", "stall-free"), **knobs)
+        word, plan = point.get("speculate", "off"), None
+        if word != "off":
+            found = (guessing or {}).get((precision, word))
+            if found is None:
+                raise ConfigurationError(f"nothing was measured of {word!r} with {precision}; measure it first")
+            plan = found.simulated(point, costs[precision])
         simulator = Simulator(
-            costs[precision], policy, blocks=blocks, block_size=block_size, slo=slo, overhead=overhead
+            costs[precision], policy, blocks=blocks, block_size=block_size, slo=slo, overhead=overhead, speculation=plan
         )
         return values_of(simulator.run(load).metrics)
 
@@ -214,4 +223,5 @@ def _point(choice: Point) -> dict[str, Any]:
 
 
 def _name(point: Point) -> str:
-    return ", ".join(f"{v}" if k in ("policy", "precision") else f"{k} {v}" for k, v in point.items())
+    plain = ("policy", "precision")
+    return ", ".join(f"{v}" if k in plain else f"{k} {v}" for k, v in point.items() if (k, v) != ("guesses", 0))

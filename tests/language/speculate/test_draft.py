@@ -141,8 +141,16 @@ def test_words_become_proposers_and_bad_pairs_are_refused():
     assert choose(SimpleNamespace(name="other"), "auto").name == "prompt-lookup"
     with pytest.raises(ConfigurationError, match="no draft of its own"):
         choose(SimpleNamespace(name="other"), "draft")
+    assert choose(model, "tree:5").budget == 5
+    assert choose(model, "triforce:256").name == "triforce+prompt-lookup+draft"
+    assert choose(SimpleNamespace(name="other"), "triforce").name == "triforce+prompt-lookup"
     with pytest.raises(ConfigurationError, match="choose one of"):
-        choose(model, "tree")
+        choose(model, "bush")
+    for bad in ("tree:x", "tree:0", "draft:3"):
+        with pytest.raises(ConfigurationError, match="tree"):
+            choose(model, bad)
+    with pytest.raises(ConfigurationError, match="no draft of its own"):
+        choose(SimpleNamespace(name="other"), "tree")
     with pytest.raises(ConfigurationError, match="vocabulary of 40 tokens, the model pycode-4m has 4096"):
         choose(model, "draft", "x", load=lambda name: tiny())
     with pytest.raises(ConfigurationError, match="uses no draft"):

@@ -12,7 +12,7 @@ from tables import Table, first_two, law_of_two, same_law  # noqa: E402
 from test_draft import tiny  # noqa: E402
 
 from hasten.errors import ConfigurationError, ContextLengthError, InvalidRequestError  # noqa: E402
-from hasten.language import DecoderConfig, load, random_model  # noqa: E402
+from hasten.language import load  # noqa: E402
 from hasten.language.speculate import (  # noqa: E402
     Chain,
     DynamicTree,
@@ -26,7 +26,7 @@ from hasten.language.speculate import (  # noqa: E402
 )
 from hasten.language.speculate.compare import compare, parse_shapes, rank_rates  # noqa: E402
 from hasten.language.speculate.law import outcomes  # noqa: E402
-from hasten.language.speculate.triforce import RetrievalView, draft_middle  # noqa: E402
+from hasten.language.speculate.triforce import draft_middle  # noqa: E402
 from hasten.language.speculate.verify import verify_chain  # noqa: E402
 
 torch.set_num_threads(1)
@@ -136,31 +136,6 @@ def test_hierarchy_has_the_law_of_the_target(levels, gamma):
     assert same_law(law("residual"), law_of_two(target))
     if levels == 3:
         assert not same_law(law("middle"), law_of_two(target), 1e-3), "the biased rule must be caught"
-
-
-def test_view_holds_the_chunks_that_the_query_likes():
-    """A key that the query points at is found wherever it stands; the first and the last chunk are always there."""
-    config = DecoderConfig(
-        vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, intermediate_size=8,
-        max_position_embeddings=256,
-    )  # fmt: skip
-    model = random_model(config, name="x", dtype="fp32", weights=torch.float32)
-    executor = model.executor
-    cache = executor.new_cache(8, 16)
-    cache.keys.normal_(std=0.01)
-    cache.values.normal_()
-    cache.keys[0, 3, 0, 8:16] = torch.tensor([0.0, 5.0, 0.0, 0.0])  # tokens 56 to 64 of table [0..7]
-    view = RetrievalView(executor, 32, 8, 16)
-    query = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
-    view.build(cache, list(range(8)), 125, [query])
-    assert view.kept[0][0].tolist()[0] == 0
-    assert {7, 14} <= set(view.kept[0][0].tolist())
-    assert view.filled == 24 + 5  # three chunks, and the five tokens that fill none
-    copied = view._line(view.cache.values[0], torch.arange(3))[0]
-    original = view._line(cache.values[0], torch.arange(8))[0]
-    assert torch.equal(copied[view.filled - 5 : view.filled], original[120:125])
-    view.extend(cache, list(range(8)), 125, 127)
-    assert torch.equal(view._line(view.cache.values[0], torch.arange(3))[0][29:31], original[125:127])
 
 
 def test_a_short_prompt_skips_the_hierarchy_and_bytes_fall_on_a_long_one(models):

@@ -1,7 +1,8 @@
 """Speculation: tokens guessed cheaply, checked by the model in one pass, and none that it would not write.
 
-Proposers guess (:mod:`lookup`, :mod:`draft`, trees in :mod:`dyspec`), :mod:`verify` is the one home of verification,
-:mod:`loop` runs one sequence, :mod:`triforce` nests two speculations for long contexts.
+Proposers guess (:mod:`lookup`, :mod:`draft`, :mod:`tree_proposer`, :mod:`retrieval`), :mod:`verify` is the one home
+of verification. :mod:`loop` runs one sequence, also with trees that are drawn (:mod:`dyspec`) and with two speculations
+one inside the other (:mod:`triforce`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from hasten.language.speculate.lookup import PromptLookup
     from hasten.language.speculate.loop import Speculated, generate
     from hasten.language.speculate.proposal import Ask, FirstOf, Proposal, Proposer
+    from hasten.language.speculate.retrieval import RetrievalProposer, Windowed
     from hasten.language.speculate.shapes import Chain, FixedTree, KAry
     from hasten.language.speculate.tree import TokenTree
     from hasten.language.speculate.tree_draft import TreeDraft
+    from hasten.language.speculate.tree_proposer import TreeProposer
     from hasten.language.speculate.triforce import TriForce
 
 _HOMES = {
@@ -33,10 +36,13 @@ _HOMES = {
     "PromptLookup": "lookup",
     "Proposal": "proposal",
     "Proposer": "proposal",
+    "RetrievalProposer": "retrieval",
     "Speculated": "loop",
     "TokenTree": "tree",
     "TreeDraft": "tree_draft",
+    "TreeProposer": "tree_proposer",
     "TriForce": "triforce",
+    "Windowed": "retrieval",
     "compare": "compare",
     "generate": "loop",
 }
@@ -53,10 +59,13 @@ __all__ = [
     "PromptLookup",
     "Proposal",
     "Proposer",
+    "RetrievalProposer",
     "Speculated",
     "TokenTree",
     "TreeDraft",
+    "TreeProposer",
     "TriForce",
+    "Windowed",
     "compare",
     "generate",
 ]

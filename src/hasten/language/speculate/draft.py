@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hasten.errors import ConfigurationError, OutOfBlocksError
 from hasten.language.speculate.proposal import Ask, Calibration, Proposal
 
-__all__ = ["ModelDraft", "check_pair"]
+__all__ = ["ModelDraft", "check_pair", "common_prefix"]
 
 _BINS = 20
 
@@ -41,7 +41,7 @@ def check_pair(target: Any, draft: Any) -> None:
             )
 
 
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+def common_prefix(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     """Length of the longest common prefix."""
     count = min(len(one), len(other))
     differ = np.flatnonzero(one[:count] != other[:count])
@@ -89,7 +89,9 @@ class _Fused:
             slots, pending, positions, counts = [], [], [], []
             for i in part:
                 slot = self._slot(asks[i].seq)
-                done = min(_common(self._done.get(slot, asks[i].tokens[:0]), asks[i].tokens), len(asks[i].tokens) - 1)
+                done = min(
+                    common_prefix(self._done.get(slot, asks[i].tokens[:0]), asks[i].tokens), len(asks[i].tokens) - 1
+                )
                 slots.append(slot)
                 pending.append(asks[i].tokens[done:])
                 positions.append(done)
@@ -124,7 +126,7 @@ class _Stepped:
         known = len(ask.tokens)
         if ask.seq in self._done:
             self._done.move_to_end(ask.seq)
-            done = min(_common(self._done[ask.seq], ask.tokens), known - 1)
+            done = min(common_prefix(self._done[ask.seq], ask.tokens), known - 1)
         else:
             done = self._pool.open(ask.seq, ask.tokens)
             self._done[ask.seq] = ask.tokens[:done]

@@ -8,14 +8,17 @@ Contract: not thread-safe; ``tokens`` of an :class:`Ask` are the caller's and ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ask", "Calibration", "FirstOf", "Proposal", "Proposer"]
+if TYPE_CHECKING:
+    from hasten.language.sampling import SamplingState
+
+__all__ = ["Ask", "Calibration", "FirstOf", "Host", "Proposal", "Proposer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,24 @@ class Ask:
     """(known,): prompt and answer so far"""
     count: int
     """guesses at most"""
+    state: SamplingState | None = None
+    """how the sequence chooses its tokens; a proposer that is close to the model chooses alike"""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The engine that a proposer works for, for those that look into its cache."""
+
+    executor: Any
+    """the model's"""
+    cache: Any
+    """keys and values of all sequences; a proposer writes at most the slot of the last known token"""
+    table: Callable[[int], Sequence[int]]
+    """blocks of a sequence"""
+    block_size: int
+    """tokens of a block"""
+    num_blocks: int
+    """blocks of the cache"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +64,26 @@ class Proposal:
     """which proposer it came from"""
     marks: tuple[int, ...] = field(default=(), compare=False)
     """what the proposer wants to be told again when it learns"""
+
+    @property
+    def depth(self) -> int:
+        """Guesses of the longest branch."""
+        if self.parents is None:
+            return len(self.tokens)
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return max(depths, default=0)
+
+    def branch(self, node: int) -> tuple[int, ...]:
+        """Tokens down to ``node`` and including it; -1 gives none."""
+        if self.parents is None:
+            return self.tokens[: node + 1]
+        out: list[int] = []
+        while node >= 0:
+            out.append(self.tokens[node])
+            node = self.parents[node]
+        return tuple(out[::-1])
 
     def cut(self, count: int) -> Proposal:
         """The first ``count`` guesses."""
@@ -66,7 +107,11 @@ class Proposer(Protocol):
         ...
 
     def learn(self, proposal: Proposal, accepted: int) -> None:
-        """The first ``accepted`` tokens of a proposal stood, the next one (if there is one) did not."""
+        """The first ``accepted`` tokens of a proposal stood, the next one (if there is one) did not.
+
+        Of a tree a proposer with ``learn_path(proposal, path)`` is told which nodes stood instead. One with
+        ``attach(host)`` gets to know the engine before it is asked, and may refuse it.
+        """
         ...
 
     def forget(self, seq: int) -> None:
@@ -115,6 +160,11 @@ class FirstOf:
     def name(self) -> str:
         return "+".join(p.name for p in self.proposers)
 
+    @property
+    def most(self) -> int:
+        """Guesses of one sequence at most, where one of them says so; else 0."""
+        return max(getattr(p, "most", 0) for p in self.proposers)
+
     def propose(self, asks: Sequence[Ask]) -> list[Proposal]:
         out = [Proposal()] * len(asks)
         left = list(range(len(asks)))
@@ -136,6 +186,12 @@ class FirstOf:
 
     def learn(self, proposal: Proposal, accepted: int) -> None:
         self._by_name[proposal.source].learn(proposal, accepted)
+
+    def attach(self, host: Host) -> None:
+        """Make the engine known to those who ask for it."""
+        for proposer in self.proposers:
+            if hasattr(proposer, "attach"):
+                proposer.attach(host)
 
     def forget(self, seq: int) -> None:
         for proposer in self.proposers:

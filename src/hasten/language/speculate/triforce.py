@@ -14,18 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.errors import ConfigurationError
-from hasten.language.placement import Placement
 from hasten.language.ragged import RaggedBatch
 from hasten.language.speculate.law import Draw, chance
 from hasten.language.speculate.session import Session
 from hasten.language.speculate.verify import probabilities
+from hasten.language.speculate.view import PAGE, RetrievalView, draft_batch, slots_for
 
-__all__ = ["RetrievalView", "TriForce", "draft_middle"]
+__all__ = ["TriForce", "draft_middle"]
 
 Law = NDArray[np.float64]
 
@@ -71,93 +70,6 @@ def draft_middle(
         mass = rest.sum()
         emit(draw(law if resample == "middle" or mass <= 0 else rest / mass), law)
     return tokens, laws, guessed, stood
-
-
-class RetrievalView:
-    """A copy of the keys and values that matter most, chosen per layer and key head; positions stay as they were.
-
-    ``budget`` slots hold whole chunks: the first, the last, and those whose mean key scores best against the query;
-    then come the tokens since the view was made. Contract: valid as long as the cache that it was copied from only
-    grows.
-    """
-
-    def __init__(self, executor: Any, budget: int, chunk: int, extra: int, choose: str = "query") -> None:
-        self.executor, self.budget, self.chunk, self.choose = executor, budget, chunk, choose
-        size = 16
-        blocks = -(-(budget + extra) // size)
-        self.cache = executor.new_cache(blocks, size)
-        self.table = list(range(blocks))
-        self.capacity = blocks * size
-        self.filled = 0
-        """slots in use"""
-        self.end = 0
-        """position of the next token"""
-        self.kept: list[Tensor] = []
-        """of each layer the chosen chunks (kv_heads, chunks), for inspection"""
-
-    def build(self, cache: Any, table: Sequence[int], length: int, queries: Sequence[Tensor]) -> None:
-        """Choose among the first ``length`` tokens of a paged cache; ``queries`` (heads, width) of each layer."""
-        chunk, whole = self.chunk, length // self.chunk
-        tail = length - whole * chunk
-        wanted = min(whole, (self.budget - tail) // chunk)
-        where = torch.tensor(list(table)[: -(-length // cache.block_size)])
-        self.kept = []
-        for layer, query in enumerate(queries):
-            keys, values = (self._line(half[layer], where)[:, :length] for half in (cache.keys, cache.values))
-            kv_heads, _, width = keys.shape
-            means = keys[:, : whole * chunk].float().view(kv_heads, whole, chunk, width).mean(2)
-            if self.choose == "query":
-                scores = torch.einsum("khw,kcw->kc", query.float().view(kv_heads, -1, width), means)
-            elif self.choose == "recent":
-                scores = torch.arange(whole, dtype=torch.float32).expand(kv_heads, whole).clone()
-            else:
-                scores = torch.rand(kv_heads, whole, generator=torch.Generator().manual_seed(layer))
-            scores[:, 0] = torch.inf
-            scores[:, -1] = torch.inf
-            best = scores.topk(wanted, dim=1).indices.sort(dim=1).values
-            self.kept.append(best)
-            slots = (best[..., None] * chunk + torch.arange(chunk)).view(kv_heads, -1)
-            slots = torch.cat([slots, torch.arange(whole * chunk, length).expand(kv_heads, tail)], 1)
-            for half, source in ((self.cache.keys, keys), (self.cache.values, values)):
-                some = source.gather(1, slots[..., None].expand(-1, -1, width))
-                self._write(half[layer], 0, some)
-        self.filled = wanted * chunk + tail
-        self.end = length
-
-    def extend(self, cache: Any, table: Sequence[int], begin: int, end: int) -> None:
-        """Copy the exact keys and values of tokens ``begin`` to ``end``, which the target has verified."""
-        if end <= begin:
-            return
-        where = torch.tensor(list(table)[: -(-end // cache.block_size)])
-        for half, source in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
-            for layer in range(half.shape[0]):
-                self._write(half[layer], self.filled, self._line(source[layer], where)[:, begin:end])
-        self.filled += end - begin
-        self.end = end
-
-    @staticmethod
-    def _line(half: Tensor, where: Tensor) -> Tensor:
-        """One layer of a paged cache as (kv_heads, tokens, width)."""
-        return half[where].transpose(0, 1).reshape(half.shape[1], -1, half.shape[3])
-
-    @staticmethod
-    def _write(half: Tensor, at: int, content: Tensor) -> None:
-        size = half.shape[2]
-        slots = torch.arange(at, at + content.shape[1])
-        half[slots // size, :, slots % size] = content.transpose(0, 1)
-
-    def law_rows(self, tokens: Sequence[int], ahead: int) -> Tensor:
-        """Logits of rows for ``tokens``, the first of which stands ``ahead`` tokens behind the view's end."""
-        slots = [self.filled + ahead + i for i in range(len(tokens))]
-        lines = [list(range(self.filled, s + 1)) for s in slots]
-        batch = RaggedBatch.build([(tokens, self.filled, self.table)], "all")
-        positions = torch.tensor([self.end + ahead + i for i in range(len(tokens))], dtype=torch.int32)
-        placed = RaggedBatch(
-            batch.tokens, positions, batch.starts, batch.contexts, batch.block_tables, batch.logit_rows,
-            Placement.of(slots, lines),
-        )  # fmt: skip
-        logits: Tensor = self.executor.step(placed, self.cache)
-        return logits
 
 
 class _Sinks:
@@ -225,7 +137,8 @@ class TriForce:
             )
         self._executor, self._cut = executor, cut
         extra = (self.refresh or max_tokens) + 2 * self.gamma + 8
-        self._view = RetrievalView(executor, self.budget, self.chunk, extra, self.choose)
+        pages = slots_for(self.budget, extra) // PAGE
+        self._view = RetrievalView(executor.new_cache(pages, PAGE), range(pages), self.budget, self.chunk, self.choose)
         self._whole = len(prompt) <= self.budget
         self._small = None
         if self.small is not None:
@@ -245,15 +158,9 @@ class TriForce:
 
     def verify(self, session: Session, tokens: Sequence[int]) -> Tensor:
         """A pass of the target over ``tokens`` behind ``session.done``; remembers the last row's queries."""
-        lines = [list(range(session.done, session.done + i + 1)) for i in range(len(tokens))]
-        slots = [line[-1] for line in lines]
-        batch = RaggedBatch.build([(tokens, session.done, session.table)], "all")
         self._queries: list[Tensor] = []
-        placement = Placement.of(slots, lines, self._queries)
-        placed = RaggedBatch(
-            batch.tokens, batch.positions, batch.starts, batch.contexts, batch.block_tables, batch.logit_rows, placement
-        )
-        logits: Tensor = session.executor.step(placed, session.cache)
+        batch = RaggedBatch.build([(tokens, session.done, session.table)], "all").watched(self._queries)
+        logits: Tensor = session.executor.step(batch, session.cache)
         session._count(session.done, len(tokens))
         self._row = 0
         session.done += len(tokens)
@@ -283,7 +190,7 @@ class TriForce:
             need = len(text) - (2 if guess is not None else 1)
             while same < min(len(held), need) and held[same] == text[same]:
                 same += 1
-            logits = view.law_rows(text[same:], same)
+            logits = self._executor.step(draft_batch([(view, text[same:], same)]), view.cache)
             held[same:] = text[same:]
             self._middle_passes += 1
             rows = view.filled + len(text)
@@ -309,14 +216,10 @@ class TriForce:
         self._row = stood  # of the verified rows this one is the last that stands
         grown = session.done - view.end
         self._since += grown
-        if (
-            self.refresh is not None
-            and self._since >= self.refresh
-            or view.filled + grown + self.gamma + 2 > view.capacity
-        ):
+        if self.refresh is not None and self._since >= self.refresh or not view.room(grown + self.gamma + 2):
             self._build(session)
         else:
-            view.extend(session.cache, session.table, view.end, session.done)
+            view.extend(session.cache, session.table, session.done)
 
     def report(self, out: Any) -> None:
         """Add what the lower levels did to the answer's account."""

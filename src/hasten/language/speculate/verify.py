@@ -21,7 +21,7 @@ from hasten.errors import ConfigurationError
 from hasten.language.speculate.law import Draw, chance
 from hasten.language.speculate.tree import TokenTree
 
-__all__ = ["accept", "accept_chain", "expected_length", "probabilities", "verify_chain", "verify_tree"]
+__all__ = ["accept", "accept_chain", "accept_path", "expected_length", "probabilities", "verify_chain", "verify_tree"]
 
 Distribution = NDArray[np.float64]
 
@@ -51,15 +51,22 @@ def accept(tree: TokenTree, chosen: Sequence[int]) -> tuple[list[int], int]:
     """
     if len(chosen) != len(tree) + 1:
         raise ConfigurationError(f"{len(chosen)} choices for a tree of {len(tree)} nodes; give one more than nodes")
-    node = -1
-    path: list[int] = []
-    while True:
-        own = chosen[node + 1]
-        found = next((c for c in tree.children(node) if tree.tokens[c] == own), None)
-        if found is None:
-            return path, int(own)
-        path.append(found)
-        node = found
+    path = accept_path(tree.tokens, tree.parents, chosen)
+    return path, int(chosen[path[-1] + 1] if path else chosen[0])
+
+
+def accept_path(tokens: Sequence[int], parents: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """:func:`accept` on plain lists: the nodes that stand. Parents come before children.
+
+    >>> accept_path([4, 5, 7], [-1, 0, 0], [4, 7, 0, 8])
+    [0, 2]
+    """
+    node, path = -1, []
+    for at, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        if parent == node and token == chosen[node + 1]:
+            node = at
+            path.append(at)
+    return path
 
 
 def _rest(target: Distribution, drawn_from: Distribution) -> Distribution:
