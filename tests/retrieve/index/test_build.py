@@ -179,7 +179,9 @@ def test_lists_are_even_and_every_row_is_somewhere(tmp_path):
     rows, _ = hr.clustered(8000, 16)
     told = {}
     for heads in ("balanced", "kmeans"):
-        with hr.Spann.build(rows, tmp_path / heads, heads=heads, head_ratio=0.12) as index:
+        with hr.Spann.build(
+            rows, tmp_path / heads, heads=heads, head_ratio=0.12, epsilon=10.0, crowding=0.0, branches=32
+        ) as index:
             told[heads] = index.describe()["built"]
             found = index.verify()
             assert found.good
@@ -189,7 +191,7 @@ def test_lists_are_even_and_every_row_is_somewhere(tmp_path):
 
 def test_a_small_limit_cuts_lists_but_loses_nothing(tmp_path):
     rows, _ = hr.clustered(3000, 16)
-    with hr.Spann.build(rows, tmp_path / "index", list_bytes="4KiB") as index:
+    with hr.Spann.build(rows, tmp_path / "index", list_bytes="4KiB", epsilon=10.0, crowding=0.0) as index:
         built = index.describe()["built"]
         assert built["dropped"] > 0
         assert index.verify().good
@@ -238,3 +240,15 @@ def test_the_index_needs_neither_torch_nor_the_other_rooms(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_crowded_lists_take_no_third_copies(tmp_path):
+    rows, _ = hr.clustered(4000, 16)
+    spread = []
+    for crowding in (0.0, 1.5):
+        with hr.Spann.build(rows, tmp_path / str(crowding), crowding=crowding, threads=1) as index:
+            assert index.verify().num_missing == 0
+            spread.append(index.describe()["built"]["list_spread"])
+    assert spread[1] < spread[0]
+    with pytest.raises(ConfigurationError, match="crowding is -1"):
+        BuildOptions(crowding=-1)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 import hasten.retrieve as hr
 from hasten.retrieve.index.assign import assign_rows, cut_lists
 from hasten.retrieve.index.format import seed_arrays
-from hasten.retrieve.index.graph import link_heads, prune, walk_many
+from hasten.retrieve.index.graph import walk_many
 from hasten.retrieve.index.heads import make_seeds
+from hasten.retrieve.index.links import link_heads, prune
 from hasten.retrieve.index.metric import factors, mapped, prepare
 
 METRICS = {"l2": 0, "cosine": 1, "ip": 2}

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.retrieve.index.graph import head_distance, map_head, walk_many
+from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.simd import address_of, squared1
 
-__all__ = ["accept", "assign_rows", "cut_lists"]
-
-njit = numba.njit(nogil=True, cache=True)
+__all__ = ["accept", "assign_rows", "cut_lists", "thin_copies"]
 
 
-@njit
+@hot
 def accept(heads, extra, metric, candidates, distances, count, usable, reach, factor, rule, replicas, mapped, taken):
     """Closure rule over ``count`` sorted candidates; writes the places accepted to ``taken`` and returns how many.
 
@@ -86,7 +85,7 @@ def _accept_many(heads, extra, metric, pool_d, pool_i, founds, usable, knobs, ou
         sizes[i] = size
 
 
-@njit
+@hot
 def _scan_heads(queries, consts, augs, heads, extra, metric, out_d):
     """Distances to every head (queries, heads)."""
     for i in range(queries.shape[0]):
@@ -151,7 +150,26 @@ def assign_rows(
     return out_heads, out_d, sizes
 
 
-@njit
+@hot
+def thin_copies(heads, distances, sizes, lengths, most):
+    """Closure that knows how long lists are: rows in order, each takes its two nearest lists and others that hold fewer
+    than ``most`` rows.
+
+    ``heads`` and ``distances`` (rows, replicas), of which ``sizes`` (rows,) count, are rewritten; ``lengths`` (heads,)
+    goes on from block to block. The rows' order decides, so the result does not depend on blocks or threads.
+    """
+    for i in range(sizes.shape[0]):
+        kept = 0
+        for t in range(sizes[i]):
+            h = heads[i, t]
+            if t < 2 or lengths[h] < most:
+                heads[i, kept], distances[i, kept] = h, distances[i, t]
+                lengths[h] += 1
+                kept += 1
+        sizes[i] = kept
+
+
+@hot
 def cut_lists(begins, rows, limit, copies, keep):
     """Mark in ``keep`` what stays when every list holds at most ``limit`` rows; returns (dropped, kept beyond the
     limit).

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from hasten.budget import format_quantity, parse_quantity
 from hasten.errors import ConfigurationError, DataError
-from hasten.retrieve.index.assign import assign_rows, cut_lists
+from hasten.retrieve.index.assign import assign_rows, cut_lists, thin_copies
 from hasten.retrieve.index.format import HEAD_BIT, Manifest, commit, put, seed_arrays, write_heads
-from hasten.retrieve.index.graph import link_heads
 from hasten.retrieve.index.heads import make_seeds, select_heads
 from hasten.retrieve.index.io import DiskFolder, Folder
+from hasten.retrieve.index.links import link_heads
 from hasten.retrieve.index.lists import PAIR, ListWriter, empty_directory, sort_pairs
 from hasten.retrieve.index.metric import (
     COSINE,
@@ -66,14 +66,18 @@ class BuildOptions:
     """most lists that hold a row"""
     list_bytes: float | str | None = None
     """a list holds as many rows as fit into this; default 12 KiB for byte rows, 48 KiB otherwise"""
-    epsilon: float = 10.0
-    """closure: a head may be this much farther than the nearest one; 10 leaves it to the RNG rule and ``replicas``"""
+    epsilon: float = 0.3
+    """closure: a head may be this much farther than the nearest one. Farther copies fill lists and find nothing; 10
+    leaves it to the RNG rule and ``replicas``, as published
+    """
     rng_factor: float = 1.0
     """closure: how much farther than the heads taken a head may be from the row"""
     rng_rule: bool = True
     """False: the nearest heads, whatever their direction (for ablations)"""
     heads: str = "balanced"
     """balanced, kmeans (no penalty for crowded clusters) or random: how heads are chosen"""
+    crowding: float = 1.8
+    """closure: a list with this many times the mean takes a row only as its nearest or second nearest; 0: any"""
     candidates: int = 64
     """heads that closure looks at"""
     degree: int = 32
@@ -84,10 +88,12 @@ class BuildOptions:
     """RNG rule of the graph: above 1 keeps more edges"""
     split_factor: int = 6
     """head selection: a crowded node gives ceil(count / split_factor) of its children"""
-    branches: int = 32
-    """children of a node of the tree"""
+    branches: int = 16
+    """children of a node of the tree: with fewer the lists are more even, with more the build is quicker"""
     leaf: int = 8
     """rows of a node that is not split"""
+    codes: bool = True
+    """lists of floats get byte codes behind them, a quarter of their size: mapped searches touch fewer rows"""
     seed: int = 0
     """every random draw of the build comes from it"""
     memory: float | str = "1GiB"
@@ -101,6 +107,8 @@ class BuildOptions:
             raise ConfigurationError(
                 f"head_ratio is {self.head_ratio}; choose a share of the rows within (0, 1], such as 0.12"
             )
+        if not self.crowding >= 0:
+            raise ConfigurationError(f"crowding is {self.crowding}; give times the mean list, such as 1.8, or 0")
         if not 1 <= self.replicas <= 32:
             raise ConfigurationError(f"replicas is {self.replicas}; a row may lie in 1 to 32 lists")
         if self.heads not in ("balanced", "kmeans", "random"):
@@ -310,6 +318,7 @@ def _build(
 
     # lists
     limit = options.row_limit(width, itemsize)
+    coded = options.codes and itemsize > 1  # bytes are their own codes
     location = np.full(n, -1, np.int64)
     location[head_rows] = HEAD_BIT | np.arange(count)
     directory = empty_directory(count)
@@ -326,7 +335,8 @@ def _build(
             largest,
             width,
             itemsize,
-            int(max(1 << 20, min(1 << 25, spare / 12))),
+            (lambda which: mapped(vectors[which], metric, largest)) if coded else None,
+            int(max(1 << 20, min(1 << 25, spare / 16))),
         )
         for p, spill in enumerate(spills):
             pairs = sort_pairs(np.fromfile(spill, PAIR))
@@ -397,7 +407,7 @@ def _build(
         files=entries,
         segments=(segment,),
         wal=wal,
-        parameters={"options": options.to_json(), "built": told},
+        parameters={"options": options.to_json(), "built": told, "coded": coded},
         roles=roles,
     )
     commit(folder, manifest)
@@ -438,10 +448,11 @@ def _closure(
     knobs = closure_knobs(options, count)
     pool_scratch: list[tuple[Any, Any]] = [(np.zeros(count, np.uint16), np.zeros(1, np.int64)) for _ in range(threads)]
 
-    def run(begin: int) -> NDArray[Any]:
+    def run(begin: int) -> tuple[Any, ...]:
         rows = begin + np.flatnonzero(~is_head[begin : begin + block])
         if len(rows) == 0:
-            return np.empty(0, PAIR)
+            nothing = np.empty((0, options.replicas))
+            return rows, nothing.astype(np.int32), nothing.astype(np.float32), np.zeros(0, np.int32)
         stamps, epoch = pool_scratch.pop()
         try:
             queries, consts, augs = prepare(take(rows), metric, largest, stored=True)
@@ -458,18 +469,23 @@ def _closure(
             )
         finally:
             pool_scratch.append((stamps, epoch))
-        copies[rows] = sizes
-        used = np.arange(options.replicas) < sizes[:, None]
-        pairs = np.empty(int(sizes.sum()), PAIR)
-        pairs["head"] = found[used]
-        pairs["distance"] = distance[used]
-        pairs["row"] = np.repeat(rows, sizes)
-        return pairs
+        return rows, found, distance, sizes
 
+    lengths, most = np.zeros(count, np.int64), -1
     starts = list(range(0, n, block))
     with ThreadPoolExecutor(threads) as pool:
         for at in range(0, len(starts), threads):
-            for pairs in pool.map(run, starts[at : at + threads]):
+            for rows, found, distance, sizes in pool.map(run, starts[at : at + threads]):
+                if most < 0 and len(sizes):  # the mean that is to be expected, from the first rows
+                    mean = float(sizes[:128].mean()) * (n - count) / count
+                    most = int(np.ceil(options.crowding * mean)) if options.crowding > 0 else 1 << 62
+                thin_copies(found, distance, sizes, lengths, most)
+                copies[rows] = sizes
+                used = np.arange(options.replicas) < sizes[:, None]
+                pairs = np.empty(int(sizes.sum()), PAIR)
+                pairs["head"] = found[used]
+                pairs["distance"] = distance[used]
+                pairs["row"] = np.repeat(rows, sizes)
                 yield pairs, min(1.0, (at + threads) / len(starts))
 
 

@@ -17,6 +17,7 @@ from hasten.retrieve.index import format as files
 from hasten.retrieve.index.delta import Delta
 from hasten.retrieve.index.io import DiskFolder, Folder
 from hasten.retrieve.index.lists import PAIR, ListWriter, sort_pairs
+from hasten.retrieve.index.metric import mapped
 from hasten.retrieve.index.query import View
 from hasten.retrieve.index.sources import open_source
 
@@ -184,9 +185,23 @@ def repair(index: Spann, vectors: Any = None) -> dict[str, Any]:
             return original.take(rows).astype(m.dtype)
         raise DataError("no vectors were given")  # nothing is written without them
 
+    def centres(which: NDArray[Any]) -> NDArray[np.float32]:
+        heads = g.heads[which]
+        return mapped(heads.view(np.float16) if m.dtype == "float16" else heads, g.metric, m.largest)
+
     writer = folder.create(segment)
     try:
-        out = ListWriter(writer, len(segments) - 1, directory, location, g.metric, m.largest, m.width, g.heads.itemsize)
+        out = ListWriter(
+            writer,
+            len(segments) - 1,
+            directory,
+            location,
+            g.metric,
+            m.largest,
+            m.width,
+            g.heads.itemsize,
+            centres if m.coded else None,
+        )
         if len(keep):
             chosen = np.unique(keep["head"]).astype(np.int64)
             out.write(chosen, np.bincount(keep["head"], minlength=len(counts))[chosen], keep, take)
@@ -227,8 +242,6 @@ def repair(index: Spann, vectors: Any = None) -> dict[str, Any]:
 
 def _existing(generation: files.Generation, head: int) -> NDArray[Any]:
     """Pairs of a readable list, with their distances."""
-    from hasten.retrieve.index.metric import mapped
-
     g = generation
     rows, numbers = files.read_list(g, int(head))
     dtype = g.manifest.dtype

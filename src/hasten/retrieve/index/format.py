@@ -2,14 +2,15 @@
 
 ``MANIFEST.json`` names every other file with its size and checksum; a new generation writes new files, syncs each,
 and then replaces the manifest in one step, so a reader sees the old state or the new one. Lists are page aligned: all
-rows, then (cosine) all factors, then all row numbers, so scoring is one contiguous block. Little endian; row numbers
-and ids have 64 bits; everything is readable by mmap.
+rows, then (cosine) all factors, then all row numbers, so scoring is one contiguous block; byte codes may follow (see
+``codes``). Little endian; row numbers and ids have 64 bits; everything is readable by mmap.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import mmap
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import CorruptPostingError, DataError
+from hasten.retrieve.index.guide import make_guide, no_guide
 from hasten.retrieve.index.io import Folder
 from hasten.retrieve.index.metric import COSINE, code_of, native
 
@@ -39,7 +41,8 @@ __all__ = [
     "write_heads",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""the newest format that is read; an index whose lists have no codes is written as format 1"""
 MANIFEST = "MANIFEST.json"
 HEAD_BIT = 1 << 62
 SLOT_BITS = 24
@@ -87,10 +90,15 @@ class Manifest:
     roles: dict[str, str] = field(default_factory=dict)
     """heads, directory, location, ids, order, tombstones, attributes -> file name"""
 
+    @property
+    def coded(self) -> bool:
+        """Whether byte codes follow each list."""
+        return bool(self.parameters.get("coded", False))
+
     def to_json(self) -> dict[str, Any]:
         """The document; ``crc32`` guards the rest."""
         body: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 2 if self.coded else 1,
             "generation": self.generation,
             "rows": self.rows,
             "width": self.width,
@@ -160,6 +168,13 @@ class Generation:
     """bitmap of deleted rows, empty where there are none"""
     attributes: dict[str, NDArray[Any]]
     """columns (rows,) that filters read"""
+    guide: tuple[Any, ...]
+    """byte copies of the heads for the walk; see ``guide``"""
+
+    @property
+    def coded(self) -> int:
+        """1 where byte codes follow each list, else 0."""
+        return int(self.manifest.coded)
 
     @property
     def row_bytes(self) -> int:
@@ -167,18 +182,29 @@ class Generation:
         return int(self.manifest.width) * int(self.heads.itemsize)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held in memory, by part; the mapped lists are not counted."""
+        """Bytes held in memory, by part; what is mapped from a file is not counted."""
         parts = {
-            "heads": self.heads.nbytes,
-            "factors": self.extra.nbytes,
-            "head rows": self.head_rows.nbytes,
-            "graph": self.graph.nbytes,
+            "heads": _held(self.heads),
+            "factors": _held(self.extra),
+            "head rows": _held(self.head_rows),
+            "graph": _held(self.graph),
             "seeds": sum(a.nbytes for a in self.seeds),
+            "guide": 0
+            if self.guide[0] is self.heads
+            else self.guide[0].nbytes + sum(a.nbytes for a in self.guide[1][:3:2]),
             "directory": self.addresses.nbytes + self.counts.nbytes + self.radii.nbytes,
             "tombstones": self.dead.nbytes,
             "attributes": sum(a.nbytes for a in self.attributes.values()),
         }
         return {**parts, "total": sum(parts.values())}
+
+
+def _held(array: NDArray[Any]) -> int:
+    """Bytes of an array, 0 where it is a view into a mapped file."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return 0 if isinstance(base, (mmap.mmap, memoryview)) else array.nbytes
 
 
 def bytes_of_list(count: Any, row_bytes: int, metric: int) -> Any:
@@ -291,9 +317,9 @@ def _array(folder: Folder, name: str, kind: str) -> NDArray[Any]:
 def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> Generation:
     """Open the current generation.
 
-    ``memory`` (bytes) bounds what is copied into memory: where heads and graph do not fit they stay mapped, and the
-    walk runs from the map. ``check`` compares sizes and the checksums of all files but the postings. Raises DataError
-    with one line.
+    ``memory`` (bytes) bounds what is copied into memory, the graph before the guide before the heads; what does not fit
+    stays mapped, and the walk runs from the map. ``check`` compares sizes and the checksums of all files but the
+    postings. Raises DataError with one line.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -307,11 +333,18 @@ def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> 
             raise DataError(f"{str(folder.path(name))!r} has a wrong checksum; restore it from a snapshot")
     roles = manifest.roles
     tensors = _read_heads(folder.map(roles["heads"]))
-    total = sum(t.nbytes for t in tensors.values())
-    if memory is None or total <= memory:
-        tensors = {k: np.array(v) for k, v in tensors.items()}
+    left = float("inf") if memory is None else memory
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes):
+        if name != "heads" and tensor.nbytes <= left:
+            tensors[name] = np.array(tensor)
+            left -= tensor.nbytes
+    width, metric = manifest.width, code_of(manifest.metric)
+    coded_bytes = tensors["heads"].shape[0] * (width + 1)
+    guided = coded_bytes <= left  # before the heads: with it a walk needs a few of them only
+    left -= coded_bytes if guided and tensors["heads"].dtype != np.uint8 else 0
+    if tensors["heads"].nbytes <= left:
+        tensors["heads"] = np.array(tensors["heads"])
     heads = native(tensors["heads"]) if tensors["heads"].dtype == np.float16 else tensors["heads"]
-    metric = code_of(manifest.metric)
     groups = (tensors["group_heads"], tensors["seed_heads"], tensors["seed_begins"])
     directory = _array(folder, roles["directory"], "u1").view(DIRECTORY)
     segments = tuple(folder.map(name) for name in manifest.segments)
@@ -326,6 +359,8 @@ def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> 
     if "attributes" in roles:
         with np.load(io.BytesIO(folder.read(roles["attributes"])), allow_pickle=False) as stored:
             attributes = {k: stored[k] for k in stored.files}
+    seeds = seed_arrays(heads, groups)
+    guide = make_guide(heads, tensors["graph"], seeds, metric, manifest.largest) if guided else no_guide(width)
     return Generation(
         manifest=manifest,
         metric=metric,
@@ -334,7 +369,8 @@ def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> 
         head_rows=tensors["head_rows"],
         graph=tensors["graph"],
         groups=groups,
-        seeds=seed_arrays(heads, groups),
+        seeds=seeds,
+        guide=guide,
         directory=directory,
         segments=segments,
         addresses=addresses,
@@ -375,5 +411,6 @@ def read_list(generation: Generation, number: int) -> tuple[NDArray[Any], NDArra
             (number,),
         )
     rows = data[: count * generation.row_bytes].view(generation.heads.dtype).reshape(count, width)
-    numbers = data[len(data) - 8 * count :].view("<i8")
+    end = int(bytes_of_list(count, generation.row_bytes, generation.metric))
+    numbers = data[end - 8 * count : end].view("<i8")
     return rows, numbers

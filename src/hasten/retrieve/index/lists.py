@@ -10,9 +10,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.retrieve.index.codes import code_bytes, encode
 from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, bytes_of_list, checksum
 from hasten.retrieve.index.io import PAGE, Writer
-from hasten.retrieve.index.metric import COSINE, factors, native
+from hasten.retrieve.index.metric import COSINE, INNER, factors, mapped, native
 
 __all__ = ["PAIR", "ListWriter", "sort_pairs"]
 
@@ -61,6 +62,8 @@ class ListWriter:
     largest: float
     width: int
     itemsize: int
+    centres: Callable[[Any], NDArray[np.float32]] | None = None
+    """heads by number in the mapped space: lists get byte codes; None: they get none"""
     batch_bytes: int = 1 << 25
     offset: int = 0
 
@@ -73,7 +76,13 @@ class ListWriter:
         """
         row_bytes = self.width * self.itemsize
         begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        sizes = bytes_of_list(counts.astype(np.int64), row_bytes, self.metric)
+        plain_sizes = bytes_of_list(counts.astype(np.int64), row_bytes, self.metric)
+        sizes = plain_sizes
+        if self.centres is not None:
+            space = self.width + (self.metric == INNER)
+            blocks = np.array([code_bytes(int(c), space) for c in np.unique(counts)], np.int64)
+            codes = blocks[np.searchsorted(np.unique(counts), counts)] if len(counts) else blocks
+            sizes = -(-plain_sizes // 64) * 64 + codes
         padded = -(-sizes // PAGE) * PAGE
         ends = np.cumsum(padded)
         at = 0
@@ -83,14 +92,20 @@ class ListWriter:
             low, high = int(begins[at]), int(begins[stop])
             numbers = np.ascontiguousarray(pairs["row"][low:high])
             unique, where = np.unique(numbers, return_inverse=True)
-            vectors = native(take(unique))[where] if high > low else np.empty((0, self.width), np.uint8)
-            plain = take(unique)[where] if self.metric == COSINE and high > low else None
-            extra = factors(plain, COSINE, self.largest) if plain is not None else np.zeros(0, np.float32)
+            taken = take(unique) if high > low else np.empty((0, self.width), np.uint8)
+            vectors = native(taken)[where]
+            extra = np.zeros(0, np.float32)
+            if self.metric == COSINE and high > low:
+                extra = factors(taken, COSINE, self.largest)[where]
             offsets = (ends[at:stop] - padded[at:stop] - base).astype(np.int64)
             out = np.zeros(int(ends[stop - 1]) - base, np.uint8)
             if high > low:
                 raw = np.ascontiguousarray(vectors).view(np.uint8).reshape(high - low, row_bytes)
                 _pack(raw, extra, numbers, begins[at : stop + 1] - low, offsets, row_bytes, self.metric, out)
+                if self.centres is not None:
+                    behind = offsets + -(-plain_sizes[at:stop] // 64) * 64
+                    flat = mapped(taken, self.metric, self.largest)[where]
+                    encode(flat, self.centres(heads[at:stop]), begins[at : stop + 1] - low, behind, out)
             self._describe(heads[at:stop], counts[at:stop], sizes[at:stop], offsets, pairs, begins[at : stop + 1], out)
             slots = np.arange(low, high) - np.repeat(begins[at:stop], counts[at:stop])
             places = (np.repeat(heads[at:stop].astype(np.int64), counts[at:stop]) << SLOT_BITS) | slots

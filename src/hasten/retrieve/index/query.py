@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 from hasten.clock import Clock
 from hasten.errors import InvalidRequestError
 from hasten.retrieve.index import scan
-from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation
-from hasten.retrieve.index.graph import walk_many
+from hasten.retrieve.index.blocks import scan_lists
+from hasten.retrieve.index.exact import score_rows, within
+from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation, bytes_of_list
 from hasten.retrieve.index.hit import SearchOptions, SearchStats
 from hasten.retrieve.index.io import PAGE, Read, Reader, merge_reads
 from hasten.retrieve.index.metric import COSINE, L2, prepare
+from hasten.retrieve.index.plan import CHECKED, KEPT
+from hasten.retrieve.index.plan import plan as plan_one
+from hasten.retrieve.index.plan import scratch as new_scratch
 
 __all__ = ["MappedReader", "View", "plan", "row_addresses", "run", "run_rows", "run_within"]
 
-_NOTHING = np.zeros(0, np.uint8)
+_FIRST = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ class View:
         """From a generation."""
         g = generation
         return cls(
-            g, delta, dead, floor, (g.heads, g.extra, g.graph, g.seeds, g.head_rows), (g.addresses, g.counts, g.radii)
+            g,
+            delta,
+            dead,
+            floor,
+            (g.heads, g.extra, g.graph, g.seeds, g.head_rows, g.guide),
+            (g.addresses, g.counts, g.radii, g.coded),
         )
 
 
@@ -81,13 +90,14 @@ class Scratch:
     def __init__(self) -> None:
         self._free: dict[tuple[int, int], list[Any]] = {}
 
-    def take(self, heads: int, beam: int) -> Any:
-        """One for this many heads and this beam."""
+    def take(self, generation: Generation, beam: int) -> Any:
+        """One for the heads of a generation and this beam."""
+        heads = len(generation.counts)
         free = self._free.setdefault((heads, beam), [])
         try:
             return free.pop()
         except IndexError:
-            return scan.scratch(heads, beam)
+            return new_scratch(heads, generation.graph.shape[1], beam, generation.manifest.width)
 
     def give(self, heads: int, beam: int, scratch: Any) -> None:
         """Put it back."""
@@ -149,7 +159,7 @@ def run(
     heads, beam = len(g.counts), knobs[3]
 
     def part(begin: int, end: int) -> None:
-        own = scratch.take(heads, beam)
+        own = scratch.take(g, beam)
         scan.search(
             prepared[begin:end],
             consts[begin:end],
@@ -162,6 +172,7 @@ def run(
             knobs,
             options.filtered_lists,
             k,
+            np.arange(end - begin),
             own,
             values[begin:end],
             rows[begin:end],
@@ -188,36 +199,10 @@ def run(
 def plan(
     view: View, query: NDArray[np.float32], const: NDArray[np.float32], knobs: tuple[Any, ...], scratch: tuple[Any, ...]
 ) -> tuple[NDArray[np.int64], int]:
-    """(lists that a query reads, nearest head first; distances computed): the pruning rule as the kernel has it."""
-    g = view.generation
-    limit, ratio, floor, beam, max_check, _ = knobs
-    stamps, epoch, pool_d, pool_i, _ = scratch
-    size, checks = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    walk_many(
-        query,
-        const,
-        np.zeros(1, np.float32),
-        g.heads,
-        g.extra,
-        g.graph,
-        g.seeds,
-        g.metric,
-        beam,
-        max_check,
-        stamps,
-        epoch,
-        pool_d[None],
-        pool_i[None],
-        size,
-        checks,
-    )
-    near, found = pool_i[: size[0]].astype(np.int64), pool_d[: size[0]]
-    kept = (
-        near[(found <= np.float32(ratio) * max(found[0], np.float32(floor))) & (g.counts[near] > 0)]
-        if size[0]
-        else near
-    )
-    return kept[:limit], int(checks[0])
+    """(lists that a query reads, nearest head first; distances computed), as the kernel plans them."""
+    plan_one(view.heads, view.lists, view.generation.metric, query, 0, const[0], knobs, scratch)
+    notes = scratch[6][0]
+    return scratch[3][0][scratch[4][0, : notes[KEPT]]].astype(np.int64), int(notes[CHECKED])
 
 
 def run_read(
@@ -247,7 +232,7 @@ def run_read(
     everything = wanted is None
     if everything:  # the walk is skipped: all lists
         knobs = (len(g.counts), 1e30, 0.0, 1, 1, 0)
-    own = scratch.take(len(g.counts), knobs[3])
+    own = scratch.take(g, knobs[3])
     for q in range(count):
         until = None if deadline is None else clock.now() + deadline
         if everything:
@@ -256,13 +241,14 @@ def run_read(
                 consts[q : q + 1],
                 g.metric,
                 view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii),
+                (g.addresses, np.zeros_like(g.counts), g.radii, 0),
                 view.delta,
                 view.dead,
                 mask,
                 (-1, 0.0, 0.0, 1, 1, 0),
                 0,
                 k,
+                _FIRST,
                 own,
                 values[q : q + 1],
                 rows[q : q + 1],
@@ -277,13 +263,14 @@ def run_read(
                 consts[q : q + 1],
                 g.metric,
                 view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii),
+                (g.addresses, np.zeros_like(g.counts), g.radii, 0),
                 view.delta,
                 view.dead,
                 mask,
                 knobs,
                 knobs[0],
                 k,
+                _FIRST,
                 own,
                 values[q : q + 1],
                 rows[q : q + 1],
@@ -293,13 +280,14 @@ def run_read(
             chosen, checks = plan(view, prepared[q : q + 1], consts[q : q + 1], knobs, own)
         found = int(np.count_nonzero(rows[q] >= 0))
         entry = g.directory[chosen]
-        reads = merge_reads(entry["segment"], entry["offset"], entry["bytes"])
+        sizes = bytes_of_list(entry["count"].astype(np.int64), g.row_bytes, g.metric)  # without the codes
+        reads = merge_reads(entry["segment"], entry["offset"], sizes)
         missing = len(reads)
         for read, data in reader.fetch(reads, clock, until):
             missing -= 1
             parts = np.array(read.parts)
             addresses = data.ctypes.data + entry["offset"][parts].astype(np.int64) - read.offset
-            found = scan.scan_lists(
+            found = scan_lists(
                 g.heads,
                 g.metric,
                 prepared[q].ctypes.data,
@@ -354,9 +342,7 @@ def run_rows(
     values = np.full((count, k), np.inf, np.float32)
     out = np.full((count, k), -1, np.int64)
     for q in range(count):
-        scan.score_rows(
-            g.heads, g.metric, prepared[q].ctypes.data, consts[q], places, factors, rows, k, values[q], out[q]
-        )
+        score_rows(g.heads, g.metric, prepared[q].ctypes.data, consts[q], places, factors, rows, k, values[q], out[q])
     size = np.full(count, len(rows), np.int64)
     pages = size * (-(-g.row_bytes // PAGE)) * PAGE
     none = np.zeros(count, np.int64)
@@ -384,7 +370,7 @@ def run_within(
         reach = float(np.sqrt(max(square, 0.0)))
         while True:
             out_d, out_r = np.empty(size, np.float32), np.empty(size, np.int64)
-            found, read = scan.within(
+            found, read = within(
                 prepared,
                 consts,
                 q,

@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hasten.retrieve.index.kernel import hot
+
 __all__ = ["address_of", "dot1", "dot4", "load_f32", "load_i64", "load_u8", "prefetch", "squared1", "squared4", "widen"]
 
 LANES = 16
@@ -222,7 +224,7 @@ def widen(typing: Any, sample: Any, row: Any, out: Any, width: Any) -> Any:
     return types.void(sample, types.int64, types.int64, types.int64), generate
 
 
-@numba.njit(nogil=True)
+@hot
 def address_of(array: Any) -> int:
     """Address of the first element."""
     return numba.int64(array.ctypes.data)

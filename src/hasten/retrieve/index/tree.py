@@ -18,11 +18,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.simd import address_of, squared1, squared4
 
 __all__ = ["Tree", "assign_all", "cluster", "grow", "split_rows", "workspace"]
 
-njit = numba.njit(nogil=True, cache=True)
 SAMPLE = 1000
 MAX_PASSES = 100
 PATIENCE = 5
@@ -31,7 +31,7 @@ FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 LOSS = 1.05
 
 
-@njit
+@hot
 def _random(state):
     """xorshift64*: the next number of a stream kept in ``state`` (1,) uint64."""
     x = state[0]
@@ -42,7 +42,7 @@ def _random(state):
     return (x * numba.uint64(2685821657736338717)) >> numba.uint64(11)
 
 
-@njit
+@hot
 def _nearest(rows, row, centres, k, price):
     """(place, squared distance) of the centre that is cheapest for a row, ``price`` (k,) being added to the
     distance."""
@@ -68,7 +68,7 @@ def _nearest(rows, row, centres, k, price):
     return best, distance
 
 
-@njit
+@hot
 def _shuffle_front(order, begin, end, count, state):
     """Bring a random sample of ``count`` to the front of ``order[begin:end]``."""
     for i in range(count):
@@ -77,7 +77,7 @@ def _shuffle_front(order, begin, end, count, state):
         order[begin + i], order[other] = order[other], order[begin + i]
 
 
-@njit
+@hot
 def _pass(rows, order, begin, count, centres, k, price, labels, sums, counts, farthest):
     """Assign a sample; returns the summed squared distance. ``farthest`` (k, 2): distance and row of each cluster's
     farthest.

@@ -30,9 +30,9 @@ from hasten.retrieve.index.format import (
     read_list,
     write_heads,
 )
-from hasten.retrieve.index.graph import link_heads
 from hasten.retrieve.index.heads import make_seeds
 from hasten.retrieve.index.io import Folder, Writer
+from hasten.retrieve.index.links import link_heads
 from hasten.retrieve.index.lists import PAIR, ListWriter, sort_pairs
 from hasten.retrieve.index.metric import factors, mapped, prepare
 from hasten.retrieve.index.query import View, row_addresses
@@ -83,6 +83,7 @@ def _user(rows: NDArray[Any], dtype: str) -> NDArray[Any]:
 def options_of(manifest: Manifest) -> BuildOptions:
     """The options that the index was built with."""
     stored = dict(manifest.parameters.get("options", {}))
+    stored["codes"] = manifest.coded
     return BuildOptions(**stored)
 
 
@@ -451,6 +452,10 @@ def compact_generation(
     segment = f"postings-{generation}-0.bin"
     entries = {name: dict(m.files[name]) for name in segments}
     segments.append(segment)
+
+    def centres(which: NDArray[Any]) -> NDArray[np.float32]:
+        return mapped(_user(work.heads[which], m.dtype), g.metric, m.largest)
+
     writer = folder.create(segment)
     try:
         out = ListWriter(
@@ -462,6 +467,7 @@ def compact_generation(
             m.largest,
             m.width,
             g.heads.itemsize,
+            centres if m.coded else None,
         )
         chosen = np.flatnonzero(work.changed & ~work.retired)
         pairs = sort_pairs(work.pairs)
