@@ -49,6 +49,7 @@ def test_bad_input(here: Path) -> None:
         (("--out", "net.txt", *SHAPE), ConfigurationError, "name the file .onnx or .pt2"),
         (("--out", "net.pt2", *SHAPE, "--recipe", "r", "--scheme", "W8A8"), ConfigurationError, "give one"),
         (("--out", "net.pt2", *SHAPE, "--scheme", "W9A9"), ConfigurationError, "no scheme"),
+        (("--out", "net.pt2", "--input-shape", "2x7"), ConfigurationError, "does not take 2x7"),
         (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "x.npy"), DataError, "(examples, 8)"),
         (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "text.npy"), DataError, "numpy.save"),
     ):

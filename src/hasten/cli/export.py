@@ -32,7 +32,7 @@ def export(
     """Write the model as a file for other runtimes, run the file, and compare its outputs before it is kept."""
     from rich.console import Console
 
-    from hasten.cli.measure import build, calibration_inputs, examples
+    from hasten.cli.measure import build, calibration_inputs, examples, taken
     from hasten.compress import Recipe
     from hasten.compress.export import export_onnx, export_program
     from hasten.compress.quantize import Quantize
@@ -42,8 +42,8 @@ def export(
         raise ConfigurationError(f"{out} says no format; name the file .onnx or .pt2")
     if recipe is not None and scheme is not None:
         raise ConfigurationError("--recipe and --scheme both say how to compress; give one")
-    module = build(model).eval()
     example = examples(input_shape, input_dtype, "cpu")
+    module = taken(model, build(model), example)
     given = [example] if calibration is None else calibration_inputs(calibration, example)
     if recipe is not None:
         module, _ = Recipe.load(recipe).apply(module, given)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["build", "calibration_inputs", "examples", "measure"]
+__all__ = ["build", "calibration_inputs", "examples", "measure", "taken"]
 
 
 def measure(
@@ -49,6 +49,8 @@ def measure(
 
             module = build(model)
             example = examples(input_shape, input_dtype, device)
+            if device == "cpu":  # elsewhere the module is moved first
+                taken(model, module, example)
             rules = Protocol(min_samples=50, min_time=limit / 3, max_time=limit)
             result = measure_module(
                 module, example, allowed, name=model, protocol=rules, device=device, power=power, ceilings=roofs,
@@ -118,6 +120,28 @@ def examples(shapes: list[str] | None, dtype: str, device: str) -> Any:
         else:
             made.append(torch.zeros(shape, dtype=kind, device=device))
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def taken(target: str, module: Any, example: Any) -> Any:
+    """The module in eval mode, if it takes the example; raises ConfigurationError on one line where its code does not."""
+    import torch
+
+    from hasten.errors import ConfigurationError
+    from hasten.measure.counting import call
+
+    if isinstance(module, torch.nn.Module):
+        module.eval()
+    try:
+        with torch.inference_mode():
+            call(module, example)
+    except Exception as error:  # whatever the model's own code raises
+        given = example if isinstance(example, tuple) else (example,)
+        shapes = ", ".join("x".join(map(str, x.shape)) for x in given)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"{target!r} does not take {shapes} ({reason}); correct --input-shape or --input-dtype"
+        ) from error
+    return module
 
 
 def calibration_inputs(path: Path, example: Any) -> list[Any]:

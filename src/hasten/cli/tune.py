@@ -61,7 +61,7 @@ def tune(
     from rich.markup import escape
 
     from hasten.budget import SLO, parse_quantity
-    from hasten.cli.measure import build, calibration_inputs, examples
+    from hasten.cli.measure import build, calibration_inputs, examples, taken
     from hasten.cli.progress import stages
     from hasten.compress import Recipe
     from hasten.errors import ConfigurationError
@@ -76,8 +76,9 @@ def tune(
             from hasten.tune.model import tune as tune_module
 
             example = examples(input_shape, input_dtype, "cpu")
+            module = taken(model, build(model), example)
             result = tune_module(
-                build(model), [example], budget, storage=storage, time_limit=limit, power=power, progress=told,
+                module, [example], budget, storage=storage, time_limit=limit, power=power, progress=told,
                 recipes=[Recipe.load(path) for path in also or []],
                 calibration=None if calibration is None else calibration_inputs(calibration, example),
             )  # fmt: skip
