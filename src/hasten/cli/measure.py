@@ -123,7 +123,7 @@ def examples(shapes: list[str] | None, dtype: str, device: str) -> Any:
 
 
 def taken(target: str, module: Any, example: Any) -> Any:
-    """The module in eval mode, if it takes the example; raises ConfigurationError on one line where its code does not."""
+    """The module in eval mode, if it takes the example; ConfigurationError on one line where its code does not."""
     import torch
 
     from hasten.errors import ConfigurationError
