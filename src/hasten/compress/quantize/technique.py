@@ -65,7 +65,7 @@ class Quantize:
     """Weights in ``weight``, inputs of the same layers in ``activation``, rounded by ``steps``.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    >>> small = Quantize.scheme("W4A16")(model)
+    >>> small = Quantize.scheme("W4A16", real="never")(model)
     >>> small.report.touched, round(small.report.bytes_after / small.report.bytes_before, 3)
     (('0', '2'), 0.154)
     """
