@@ -9,7 +9,7 @@ engine. Speculative decoding: Leviathan et al. 2023, arXiv:2211.17192; Chen et a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hasten.errors import ConfigurationError, OutOfBlocksError
 from hasten.language.speculate.proposal import Ask, Calibration, Proposal
 
-__all__ = ["ModelDraft", "check_pair", "common_prefix"]
+__all__ = ["ModelDraft", "check_pair", "claim", "common_prefix"]
 
 _BINS = 20
 
@@ -104,6 +104,29 @@ class _Fused:
         return out
 
 
+def claim(
+    pool: Any, held: OrderedDict[int, NDArray[np.int64]], ask: Ask, room: int, forget: Callable[[int], None]
+) -> int:
+    """Tokens of ``ask`` that a draft's cache holds; blocks for the rest and ``room`` guesses are given.
+
+    ``held``: the tokens of each sequence in the cache, the least recently asked first; those give way (``forget``).
+    """
+    known = len(ask.tokens)
+    if ask.seq in held:
+        held.move_to_end(ask.seq)
+        done = min(common_prefix(held[ask.seq], ask.tokens), known - 1)
+    else:
+        done = pool.open(ask.seq, ask.tokens)
+        held[ask.seq] = ask.tokens[:done]
+    while not pool.can_grow(ask.seq, known + room):
+        oldest = next(iter(held))
+        if oldest == ask.seq:
+            raise OutOfBlocksError(f"the draft's cache cannot hold the {known} tokens of one sequence")
+        forget(oldest)
+    pool.grow(ask.seq, known + room)
+    return done
+
+
 class _Stepped:
     """Any draft, on an executor: one step per guess for all sequences together."""
 
@@ -121,23 +144,6 @@ class _Stepped:
             del self._done[seq]
             self._pool.free(seq)
 
-    def _open(self, ask: Ask) -> int:
-        """Tokens that the cache holds; blocks for the rest and for the guesses are given."""
-        known = len(ask.tokens)
-        if ask.seq in self._done:
-            self._done.move_to_end(ask.seq)
-            done = min(common_prefix(self._done[ask.seq], ask.tokens), known - 1)
-        else:
-            done = self._pool.open(ask.seq, ask.tokens)
-            self._done[ask.seq] = ask.tokens[:done]
-        while not self._pool.can_grow(ask.seq, known + ask.count):
-            oldest = next(iter(self._done))
-            if oldest == ask.seq:
-                raise OutOfBlocksError(f"the draft's cache cannot hold the {known} tokens of one sequence")
-            self.forget(oldest)
-        self._pool.grow(ask.seq, known + ask.count)
-        return done
-
     def guess(self, asks: Sequence[Ask], least: float) -> list[tuple[list[int], list[float]]]:
         from hasten.language.ragged import RaggedBatch
 
@@ -145,7 +151,7 @@ class _Stepped:
         live: list[tuple[int, list[int], int, float]] = []
         for i, ask in enumerate(asks):
             try:
-                done = self._open(ask)
+                done = claim(self._pool, self._done, ask, ask.count, self.forget)
             except OutOfBlocksError:
                 continue
             live.append((i, ask.tokens[done:].tolist(), done, 1.0))

@@ -21,7 +21,7 @@ from hasten.errors import ConfigurationError, OutOfBlocksError
 from hasten.language.cache import BlockPool
 from hasten.language.forks import Fork
 from hasten.language.ragged import RaggedBatch
-from hasten.language.speculate.draft import common_prefix
+from hasten.language.speculate.draft import claim
 from hasten.language.speculate.proposal import Ask, Calibration, Host, Proposal
 
 __all__ = ["TreeProposer"]
@@ -129,7 +129,7 @@ class TreeProposer:
             if ask.count < 1 or len(ask.tokens) + self.depth + 1 > self.context:
                 continue
             try:
-                done = self._open(ask)
+                done = claim(self._pool, self._done, ask, 0, self.forget)
             except OutOfBlocksError:
                 continue
             table = self._pool.table(ask.seq)
@@ -159,23 +159,6 @@ class TreeProposer:
         held = self._pool.table(_BRANCHES)
         self._pool.grow(_BRANCHES, (len(held) + 1) * _SIZE)
         return held[-1]
-
-    def _open(self, ask: Ask) -> int:
-        """Tokens that the cache holds; blocks for the others are given."""
-        known = len(ask.tokens)
-        if ask.seq in self._done:
-            self._done.move_to_end(ask.seq)
-            done = min(common_prefix(self._done[ask.seq], ask.tokens), known - 1)
-        else:
-            done = self._pool.open(ask.seq, ask.tokens)
-            self._done[ask.seq] = ask.tokens[:done]
-        while not self._pool.can_grow(ask.seq, known):
-            oldest = next(iter(self._done))
-            if oldest == ask.seq:
-                raise OutOfBlocksError(f"the draft's cache cannot hold the {known} tokens of one sequence")
-            self.forget(oldest)
-        self._pool.grow(ask.seq, known)
-        return done
 
     def _run(self, rows: Sequence[tuple[_Growth, int]]) -> torch.Tensor:
         """Logits of the draft behind candidates, each seeing its own branch."""

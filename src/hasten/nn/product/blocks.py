@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from hasten.nn import huge_pages
+from hasten import huge_pages
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.instructions import LANES
 

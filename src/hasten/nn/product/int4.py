@@ -17,9 +17,9 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.activations import quantise_rows
+from hasten.nn.product.bfloat16 import write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, aligned, in_blocks, scaled
 
 __all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "unpack"]
@@ -120,14 +120,7 @@ def panels(x: Any, starts: Any, scales: Any, weights: Any, bias: Any, out: Any, 
                      min(_SPAN, groups - group), starts.ctypes.data + beside, scales.ctypes.data + beside,
                      sums.ctypes.data, count)  # fmt: skip
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        for row in range(count):
-            target, line = out[begin + row], sums[row]
-            if len(bias) > 0:
-                for i in range(low, high):
-                    store(target, i, line[i - low] + bias[i])
-            else:
-                for i in range(low, high):
-                    store(target, i, line[i - low])
+        write_sums(sums, count, bias, out, begin, low, high)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")

@@ -8,14 +8,13 @@ codes. There is no guide where its error would matter beside the distances betwe
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten import huge_pages
 from hasten.retrieve.index.kernel import hot
 from hasten.retrieve.index.metric import L2, mapped
 
@@ -66,7 +65,8 @@ def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], seeds: Any, metric
         return no_guide(width)
 
     def code(rows: NDArray[Any]) -> NDArray[np.uint8]:
-        out = _roomy(len(rows), len(low))
+        # in large pages where there are any: a walk jumps, and each page is looked up
+        out = huge_pages.zeros(len(rows) * len(low)).reshape(len(rows), len(low))
         for b in range(0, len(rows), 8192):
             out[b : b + 8192] = np.clip(np.rint((floats(rows[b : b + 8192]) - low) / unit), 0, 255)
         return out
@@ -74,17 +74,6 @@ def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], seeds: Any, metric
     group_rows, group_heads, seed_rows, seed_heads, begins = seeds
     coded = (code(group_rows), group_heads, code(seed_rows), seed_heads, begins)
     return (code(heads), coded, low.astype(np.float32), np.float32(1.0 / unit), 0)
-
-
-def _roomy(rows: int, width: int) -> NDArray[np.uint8]:
-    """Memory (rows, width) in large pages where the system has them: a walk jumps, and each page is looked up."""
-    size = rows * width
-    if size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.empty((rows, width), np.uint8)
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).reshape(rows, width)
 
 
 @hot

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 
-from hasten.nn import huge_pages
+from hasten import huge_pages
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, huge_pages._LEAST - 1, huge_pages._LEAST, 3 * 2**20 + 7, 40 * 2**20])
