@@ -24,7 +24,7 @@ from hasten.language.kernels_stack import (
     _rows_for,
 )
 from hasten.nn.bfloat import FAST, load, store
-from hasten.nn.product.dispatch import array_at
+from hasten.nn.product.dispatch import array_at, forms_for
 
 __all__ = ["place", "place_parallel", "run_sized"]
 
@@ -132,17 +132,13 @@ def run_sized(
     h = np.empty((rows, hidden), np.uint16)
     sums = np.empty((rows, hidden), np.float32)
     attended = np.empty((rows, heads * wide), np.uint16)
-    q = np.empty((rows, widest), np.int8)
-    starts = np.empty((rows, (widest + 31) // 32), np.int32)
-    scales = np.empty((rows, (widest + 31) // 32), np.float32)
-    inputs = np.empty(5, np.int64)
-    inputs[1], inputs[2], inputs[3], inputs[4] = q.ctypes.data, starts.ctypes.data, scales.ctypes.data, widest
+    forms = forms_for(rows, widest)
     for layer in range(matrices.shape[0]):
         one = matrices[layer]
         width, deep, count = widths[layer, 0], widths[layer, 1], widths[layer, 2]
-        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], q, starts, scales)
+        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], forms)
         qkv = np.empty((rows, one[QKV, 1]), np.float32)
-        _multiply(one[QKV], h, inputs, qkv, threads)
+        _multiply(one[QKV], h, forms, qkv, threads)
         if locals_[layer]:
             c = _turned(local_cos, positions, pairs[layer], count)
             s = _turned(local_sin, positions, pairs[layer], count)
@@ -159,19 +155,19 @@ def run_sized(
         _attention(query, chunk_of, positions, tables, keys[layer], values[layer], scale, windows[layer], attended,
                    cuts)  # fmt: skip
         mixed = attended if deep == wide else _without_zeros(attended, heads, wide, deep)
-        _rows_for(mixed, one[OUT], q, starts, scales)
-        _multiply(one[OUT], mixed, inputs, sums, threads)
-        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], q, starts, scales)
+        _rows_for(mixed, one[OUT], forms)
+        _multiply(one[OUT], mixed, forms, sums, threads)
+        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], forms)
         pair = np.empty((rows, one[GATE_UP, 1]), np.float32)
-        _multiply(one[GATE_UP], h, inputs, pair, threads)
+        _multiply(one[GATE_UP], h, forms, pair, threads)
         inner = np.empty((rows, one[DOWN, 2]), np.uint16)
-        _gates(pair, gelu, inner, one[DOWN], q, starts, scales)
-        _multiply(one[DOWN], inner, inputs, sums, threads)
+        _gates(pair, gelu, inner, one[DOWN], forms)
+        _multiply(one[DOWN], inner, forms, sums, threads)
     number = len(wanted)
     some, more = np.empty((number, hidden), np.float32), np.empty((number, hidden), np.float32)
     for row in range(number):
         some[row] = residual[wanted[row]]
         more[row] = sums[wanted[row]]
     final = np.empty((number, hidden), np.uint16)
-    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, q, starts, scales)
-    _multiply(head, final, inputs, logits, threads)
+    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, forms)
+    _multiply(head, final, forms, logits, threads)

@@ -19,7 +19,8 @@ from numba.extending import intrinsic
 from hasten.language.kernels_cpu import attend_pages, copy_slots, gate_row, place_token
 from hasten.nn.bfloat import FAST, bits_of_float, store
 from hasten.nn.product.blocks import GROUP, PANEL
-from hasten.nn.product.dispatch import BF16, array_at, part, prepare_row
+from hasten.nn.product.dispatch import BF16, array_at, forms_for, inputs_for, part, prepare_row
+from hasten.nn.product.tiles import FEWEST
 
 __all__ = ["GATE_UP", "DOWN", "OUT", "QKV", "run_stack"]
 
@@ -42,9 +43,9 @@ def _product(matrix: Any, inputs: Any, out: Any, threads: int) -> None:
 
 
 @njit(cache=True)
-def _multiply(matrix: Any, x: Any, inputs: Any, out: Any, threads: int) -> None:
-    inputs[0] = x.ctypes.data
-    _product(matrix, inputs, out, threads)
+def _multiply(matrix: Any, x: Any, forms: Any, out: Any, threads: int) -> None:
+    # whoever calls holds ``forms`` meanwhile; addresses alone would not keep them
+    _product(matrix, inputs_for(x, forms), out, threads)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -65,39 +66,38 @@ def _add_norm_row(residual: Any, x: Any, add: bool, weight: Any, eps: float, out
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _norms(
-    residual: Any, x: Any, add: bool, weight: Any, eps: float, h: Any, matrix: Any, q: Any, starts: Any, scales: Any
-) -> None:
+def _norms(residual: Any, x: Any, add: bool, weight: Any, eps: float, h: Any, matrix: Any, forms: Any) -> None:
     """``residual += x``, its norm, and the norm in the form that ``matrix`` multiplies."""
     rows = residual.shape[0]
     if rows <= _SERIAL:
         for row in range(rows):
             _add_norm_row(residual[row], x[row], add, weight, eps, h[row])
-            prepare_row(matrix, h[row], q[row], starts[row], scales[row])
+            prepare_row(matrix, h[row], row, rows, forms)
     else:
         for row in prange(rows):
             _add_norm_row(residual[row], x[row], add, weight, eps, h[row])
-            prepare_row(matrix, h[row], q[row], starts[row], scales[row])
+            prepare_row(matrix, h[row], row, rows, forms)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _gates(x: Any, gelu: bool, inner: Any, matrix: Any, q: Any, starts: Any, scales: Any) -> None:
+def _gates(x: Any, gelu: bool, inner: Any, matrix: Any, forms: Any) -> None:
     rows = x.shape[0]
     if rows <= _SERIAL:
         for row in range(rows):
             gate_row(x[row], gelu, inner[row])
-            prepare_row(matrix, inner[row], q[row], starts[row], scales[row])
+            prepare_row(matrix, inner[row], row, rows, forms)
     else:
         for row in prange(rows):
             gate_row(x[row], gelu, inner[row])
-            prepare_row(matrix, inner[row], q[row], starts[row], scales[row])
+            prepare_row(matrix, inner[row], row, rows, forms)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _rows_for(x: Any, matrix: Any, q: Any, starts: Any, scales: Any) -> None:
-    if matrix[0] != BF16:
-        for row in prange(x.shape[0]):
-            prepare_row(matrix, x[row], q[row], starts[row], scales[row])
+def _rows_for(x: Any, matrix: Any, forms: Any) -> None:
+    rows = x.shape[0]
+    if matrix[0] != BF16 or (matrix[7] != 0 and rows >= FEWEST):
+        for row in prange(rows):
+            prepare_row(matrix, x[row], row, rows, forms)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -168,11 +168,7 @@ def run_stack(
     attended = np.empty((rows, heads * width), np.uint16)
     pair = np.empty((rows, matrices[0, GATE_UP, 1]), np.float32)
     inner = np.empty((rows, matrices[0, DOWN, 2]), np.uint16)
-    q = np.empty((rows, widest), np.int8)
-    starts = np.empty((rows, (widest + 31) // 32), np.int32)
-    scales = np.empty((rows, (widest + 31) // 32), np.float32)
-    inputs = np.empty(5, np.int64)
-    inputs[1], inputs[2], inputs[3], inputs[4] = q.ctypes.data, starts.ctypes.data, scales.ctypes.data, widest
+    forms = forms_for(rows, widest)
     job = np.array(
         [rows, heads, width, keys.shape[2], tables.shape[1], query.ctypes.data, places.ctypes.data, tables.ctypes.data,
          tables.shape[0], 0, 0, 0, attended.ctypes.data, items.ctypes.data, states.shape[0], states.shape[1] // 16,
@@ -184,8 +180,8 @@ def run_stack(
     ends = np.array([len(merges) * part // halves for part in range(halves + 1)], np.int64)
     for layer in range(depth):
         one = matrices[layer]
-        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], q, starts, scales)
-        _multiply(one[QKV], h, inputs, qkv, threads)
+        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], forms)
+        _multiply(one[QKV], h, forms, qkv, threads)
         q_norm, k_norm = array_at(norms[layer, 2], width), array_at(norms[layer, 3], width)
         if locals_[layer]:
             _places(qkv, positions, places, chunk_of, tables, local_cos, local_sin, keys[layer], values[layer], heads,
@@ -206,20 +202,20 @@ def run_stack(
             _in_parts(code[0], job, cuts)
             if len(merges):
                 _in_parts(code[1], joining, ends)
-        _rows_for(attended, one[OUT], q, starts, scales)
-        _multiply(one[OUT], attended, inputs, sums, threads)
-        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], q, starts, scales)
-        _multiply(one[GATE_UP], h, inputs, pair, threads)
-        _gates(pair, gelu, inner, one[DOWN], q, starts, scales)
-        _multiply(one[DOWN], inner, inputs, sums, threads)
+        _rows_for(attended, one[OUT], forms)
+        _multiply(one[OUT], attended, forms, sums, threads)
+        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], forms)
+        _multiply(one[GATE_UP], h, forms, pair, threads)
+        _gates(pair, gelu, inner, one[DOWN], forms)
+        _multiply(one[DOWN], inner, forms, sums, threads)
     count = len(wanted)
     some, more = np.empty((count, hidden), np.float32), np.empty((count, hidden), np.float32)
     for row in range(count):
         some[row] = residual[wanted[row]]
         more[row] = sums[wanted[row]]
     final = np.empty((count, hidden), np.uint16)
-    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, q, starts, scales)
-    _multiply(head, final, inputs, logits, threads)
+    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, forms)
+    _multiply(head, final, forms, logits, threads)
 
 
 def threads() -> int:

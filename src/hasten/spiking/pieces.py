@@ -25,7 +25,7 @@ PIECES = 3
 _TILE = 32  # inputs of a tile
 _ONE = np.uint16(0x3F80)  # 1 as bfloat16
 
-_panels = tiles.panels
+_arrange, _panels = tiles.arrange, tiles.panels
 
 
 def available() -> bool:
@@ -105,4 +105,5 @@ def rows_times(lines: Any, count: int, packed: Any, first: int, last: int, sums:
     if count > 0 and last > first:
         tall = (count + 15) // 16 * 16
         items = (last - first) * ((tall + GROUP - 1) // GROUP)
-        _panels(lines[:tall], packed[first:last], np.empty(0, np.float32), sums[:tall], 0, items)
+        rows = lines[:tall]
+        _panels(rows, _arrange(rows), packed[first:last], np.empty(0, np.float32), sums[:tall], 0, items)

@@ -59,14 +59,16 @@ def stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: 
 @njit(cache=True, error_model="numpy")
 def write_sums(sums: Any, count: int, bias: Any, out: Any, start: int, low: int, high: int) -> None:
     """Outputs ``low`` to ``high`` of rows ``start`` on: sums (count, 64) plus bias, in the type of ``out``."""
+    # slices, since their indices are known not to be negative: else each element is gathered by its address
+    here = bias[low:high] if len(bias) > 0 else bias
     for row in range(count):
-        target, line = out[start + row], sums[row]
+        target, line = out[start + row, low:high], sums[row, : high - low]
         if len(bias) > 0:
-            for i in range(low, high):
-                store(target, i, line[i - low] + bias[i])
+            for i in range(len(line)):
+                store(target, i, line[i] + here[i])
         else:
-            for i in range(low, high):
-                store(target, i, line[i - low])
+            for i in range(len(line)):
+                store(target, i, line[i])
 
 
 @njit(cache=True, error_model="numpy")

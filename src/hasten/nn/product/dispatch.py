@@ -19,11 +19,25 @@ from hasten.nn.product import bfloat16, int4, int8, tiles
 from hasten.nn.product.activations import quantise_row
 from hasten.nn.product.blocks import PANEL
 
-__all__ = ["BF16", "FIELDS", "INT4", "INT8", "array_at", "describe", "group_of", "part", "prepare_row", "width_of"]
+__all__ = [
+    "BF16",
+    "FIELDS",
+    "INT4",
+    "INT8",
+    "array_at",
+    "describe",
+    "forms_for",
+    "group_of",
+    "inputs_for",
+    "part",
+    "prepare_row",
+    "width_of",
+]
 
 BF16, INT8, INT4 = 0, 1, 2
-FIELDS = 7
-"""Numbers that describe a matrix: precision, outputs, inputs, addresses of weights, scales, bias and code."""
+FIELDS = 8
+"""Numbers that describe a matrix: precision, outputs, inputs, addresses of weights, scales, bias and code, and whether
+many rows go through matrix tiles."""
 
 
 @intrinsic
@@ -47,7 +61,8 @@ def describe(precision: str, packed: Any, bias: Any, out_features: int, in_featu
     kind = {"bf16": BF16, "bf16-tiles": BF16, "int8": INT8, "int8-tiles": INT8, "int4": INT4}[precision]
     weights, scales = packed if kind == INT8 else (packed, None)
     at = [0 if a is None else a.ctypes.data for a in (weights, scales, bias)]
-    return np.array([kind, out_features, in_features, *at, _leaf(precision).address], np.int64)
+    tiled = precision.endswith("-tiles")
+    return np.array([kind, out_features, in_features, *at, _leaf(precision).address, tiled], np.int64)
 
 
 @njit(cache=True)
@@ -66,14 +81,51 @@ def group_of(matrix: Any) -> Any:
     return int8.INPUTS if matrix[0] == INT8 else int4.INPUTS
 
 
+@njit(cache=True)
+def forms_for(rows: int, widest: int) -> Any:
+    """Room for ``rows`` rows of up to ``widest`` activations in the forms of the kernels: bytes (rows, widest), their
+    starts and scales (rows, groups), and tiles of either kind."""
+    groups = (widest + int4.INPUTS - 1) // int4.INPUTS
+    bytes_ = np.empty((rows, widest), np.int8)
+    starts, scales = np.empty((rows, groups), np.int32), np.empty((rows, groups), np.float32)
+    return bytes_, starts, scales, tiles.room_for(tiles.sixteens_of(rows) * 16 * widest * 2)
+
+
+@njit(cache=True)
+def inputs_for(x: Any, forms: Any) -> Any:
+    """What :func:`part` takes of ``x`` (rows, in) uint16 and its ``forms``."""
+    q, starts, scales, room = forms
+    return np.array(
+        [x.ctypes.data, q.ctypes.data, starts.ctypes.data, scales.ctypes.data, room.ctypes.data, q.shape[1]], np.int64
+    )
+
+
+@njit(cache=True)
+def _word_tiles(room: Any, rows: int, ins: int) -> Any:
+    return carray(_pointer(room), (tiles.sixteens_of(rows), ins // 32, 16, 32), np.uint16)
+
+
+@njit(cache=True)
+def _byte_tiles(room: Any, rows: int, ins: int) -> Any:
+    return carray(_pointer(room), (tiles.sixteens_of(rows), ins // 64, 16, 64), np.int8)
+
+
 @njit(cache=True, error_model="numpy")
-def prepare_row(matrix: Any, line: Any, q: Any, start: Any, scale: Any) -> None:
-    """Bring one row of activations into the form of the matrix's kernel; nothing to do for bfloat16."""
-    if matrix[0] != BF16:
-        width, group = width_of(matrix), group_of(matrix)
-        groups = (width + group - 1) // group
-        zero = int8.ZERO if matrix[0] == INT8 else int4.ZERO
-        quantise_row(line, group, zero, q[:width], start[:groups], scale[:groups])
+def prepare_row(matrix: Any, line: Any, row: Any, rows: Any, forms: Any) -> None:
+    """Bring row number ``row`` of ``rows`` into the form that the matrix's kernel takes for so many; ``forms`` of
+    :func:`forms_for`."""
+    q, starts, scales, room = forms
+    tiled = matrix[7] != 0 and rows >= tiles.FEWEST
+    if matrix[0] == BF16:
+        if tiled:
+            tiles.arrange_row(line, _word_tiles(room.ctypes.data, rows, matrix[2]), row)
+        return
+    width, group = width_of(matrix), group_of(matrix)
+    groups = (width + group - 1) // group
+    zero = int8.ZERO if matrix[0] == INT8 else int4.ZERO
+    quantise_row(line, group, zero, q[row, :width], starts[row, :groups], scales[row, :groups])
+    if tiled:
+        tiles.arrange_row(q[row, :width], _byte_tiles(room.ctypes.data, rows, width), row)
 
 
 _LEAF = types.void(*[types.intp] * 10)
@@ -82,7 +134,7 @@ _LEAF = types.void(*[types.intp] * 10)
 def _bf16_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (5,), np.int64)
+    where = carray(_pointer(inputs), (6,), np.int64)
     x = carray(_pointer(where[0]), (rows, ins), np.uint16)
     panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
     bfloat16.panels(x, panels, array_at(bias, outs), carray(_pointer(out), (rows, outs), np.float32), first, last)
@@ -91,17 +143,21 @@ def _bf16_leaf(
 def _bf16_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (5,), np.int64)
+    where = carray(_pointer(inputs), (6,), np.int64)
     x = carray(_pointer(where[0]), (rows, ins), np.uint16)
     panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    tiles.panels(x, panels, array_at(bias, outs), carray(_pointer(out), (rows, outs), np.float32), first, last)
+    target = carray(_pointer(out), (rows, outs), np.float32)
+    if rows >= tiles.FEWEST:
+        tiles.panels(x, _word_tiles(where[4], rows, ins), panels, array_at(bias, outs), target, first, last)
+    else:
+        bfloat16.panels(x, panels, array_at(bias, outs), target, first, last)
 
 
 def _int8_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (5,), np.int64)
-    widest, quads = where[4], (ins + 3) // 4
+    where = carray(_pointer(inputs), (6,), np.int64)
+    widest, quads = where[5], (ins + 3) // 4
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
     x = carray(_pointer(where[1]), (rows, widest), np.int8)
     starts = carray(_pointer(where[2]), (rows, groups), np.int32)
@@ -114,22 +170,28 @@ def _int8_leaf(
 def _int8_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (5,), np.int64)
-    widest, quads = where[4], (ins + 3) // 4
+    where = carray(_pointer(inputs), (6,), np.int64)
+    widest, quads = where[5], (ins + 3) // 4
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
     x = carray(_pointer(where[1]), (rows, widest), np.int8)
     starts = carray(_pointer(where[2]), (rows, groups), np.int32)
     scales = carray(_pointer(where[3]), (rows, groups), np.float32)
     panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
     target = carray(_pointer(out), (rows, outs), np.float32)
-    tiles.byte_panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
+    if rows >= tiles.FEWEST:
+        lines = _byte_tiles(where[4], rows, ins)
+        tiles.byte_panels(
+            lines, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last
+        )
+    else:
+        int8.panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
 
 
 def _int4_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (5,), np.int64)
-    widest = where[4]
+    where = carray(_pointer(inputs), (6,), np.int64)
+    widest = where[5]
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
     x = carray(_pointer(where[1]), (rows, widest), np.int8)
     starts = carray(_pointer(where[2]), (rows, groups), np.int32)
@@ -172,8 +234,7 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
 def part(matrix: Any, inputs: Any, out: Any, first: Any, last: Any) -> None:
     """Items ``first`` to ``last`` of ``out = x @ W.T + bias`` (see :func:`hasten.nn.product.bfloat16.panels`).
 
-    ``inputs`` (5,) int64: addresses of x (rows, in) uint16 and of q (rows, widest) int8, starts and scales (rows,
-    widest / 32) of :func:`prepare_row`, and ``widest``; out (rows, out) float32. Contiguous, all of them.
+    ``inputs``: of :func:`inputs_for`; out (rows, out) float32, contiguous.
     """
     _call(
         matrix[6],

@@ -83,14 +83,15 @@ def write_scaled(
     sums: Any, count: int, weight_scales: Any, bias: Any, out: Any, begin: int, low: int, high: int
 ) -> None:
     """Outputs ``low`` to ``high`` of rows ``begin`` on: sums (count, 64) times the weights' scales, plus bias."""
-    for row in range(count):
-        target, line = out[begin + row], sums[row]
+    factors, here = weight_scales[low:high], bias[low:high] if len(bias) > 0 else bias
+    for row in range(count):  # slices, see :func:`hasten.nn.product.bfloat16.write_sums`
+        target, line = out[begin + row, low:high], sums[row, : high - low]
         if len(bias) > 0:
-            for i in range(low, high):
-                store(target, i, line[i - low] * weight_scales[i] + bias[i])
+            for i in range(len(line)):
+                store(target, i, line[i] * factors[i] + here[i])
         else:
-            for i in range(low, high):
-                store(target, i, line[i - low] * weight_scales[i])
+            for i in range(len(line)):
+                store(target, i, line[i] * factors[i])
 
 
 @njit(cache=True, error_model="numpy")

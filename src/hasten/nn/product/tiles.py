@@ -1,15 +1,16 @@
 """Many rows times a bfloat16 or int8 matrix on processors with matrix tiles (AMX), from the panels of a few rows.
 
-A panel's 16 input pairs of 16 outputs are a tile as they lie, 256 bytes from pair to pair, and so are 32 inputs of 16
-rows of activations. Blocks of 32 rows and 32 outputs keep four tiles of sums; rows and inputs that fill no tile go
-through :mod:`bfloat16` and :mod:`int8`. Tiles add floats in another order than registers do, so with bfloat16 a row's
-last bits depend on how many rows there are; whoever wants them not to uses :mod:`bfloat16` alone. Sums of bytes are
-exact, and scaled in the order of :mod:`int8`: the same bits.
+A panel's 16 input pairs of 16 outputs are a tile as they lie, 256 bytes from pair to pair; rows of activations are
+arranged, 64 bytes of 16 rows behind one another, so that loading them is one stream of memory. Blocks of 32 rows and
+32 outputs keep four tiles of sums. Inputs that fill no tile go through :mod:`bfloat16`. Tiles add floats in another
+order than registers do, so with bfloat16 a row's last bits depend on how many rows there are; whoever wants them not to
+uses :mod:`bfloat16` alone. Sums of bytes are exact, and scaled in the order of :mod:`int8`: the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,9 @@ from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 
 __all__ = [
     "FEWEST",
+    "TILE",
+    "arrange",
+    "arrange_row",
     "byte_panels",
     "close_tiles",
     "granted",
@@ -35,14 +39,21 @@ __all__ = [
     "multiply_bytes",
     "open_tiles",
     "panels",
+    "room_for",
     "run_assembly",
+    "sixteens_of",
     "takes_bytes",
 ]
 
 FEWEST = 16
 """Rows from which tiles are used."""
 _PAIRS = 16
-"""Input pairs of a tile."""
+"""Input pairs (bfloat16) or quads (int8) of a tile."""
+TILE = 16 * LINE
+"""Bytes of a tile."""
+AHEAD = 4 * TILE
+"""Bytes between a weight in use and the one asked for, in a panel's first pass; later passes ask for what follows."""
+_WORD = ir.IntType(64)
 _SPAN = 512
 _REQUEST, _TILE_DATA, _SYSCALL = 0x1023, 18, 158  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, arch_prctl
 
@@ -75,17 +86,29 @@ def _configure(builder: Any) -> None:
 
 
 def _block(
-    builder: Any, halves: int, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: bool
+    builder: Any,
+    halves: int,
+    x: Any,
+    tall: Any,
+    weights: Any,
+    steps: Any,
+    sums: Any,
+    dot: str,
+    fresh: bool,
+    ask: Callable[[Any, Any], None],
+    first: Any,
 ) -> None:
     """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), or written there
-    where they are ``fresh``."""
-    line = ir.Constant(ir.IntType(64), PANEL * 4)
-    rows = [builder.add(x, scaled(builder, x_stride, 16 * i)) for i in range(halves)]
-    for side in range(2):
+    where they are ``fresh``. ``ask(pass, step)`` asks for weights to come; passes are counted from ``first``."""
+    line = ir.Constant(_WORD, PANEL * 4)
+    rows = [builder.add(x, scaled(builder, tall, i)) for i in range(halves)]
+    # Four tiles of sums: 16 rows by 64 outputs in one pass over the panel, or 32 rows by 32 outputs in two.
+    columns = 4 // halves
+    for side in range(halves):
         places = [
-            (2 * i + j, builder.add(sums, ir.Constant(ir.IntType(64), (16 * i * PANEL + (2 * side + j) * 16) * 4)))
+            (columns * i + j, builder.add(sums, ir.Constant(_WORD, (16 * i * PANEL + (columns * side + j) * 16) * 4)))
             for i in range(halves)
-            for j in range(2)
+            for j in range(columns)
         ]
         for tile, where in places:
             if fresh:
@@ -93,44 +116,62 @@ def _block(
             else:
                 run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
         with cgutils.for_range(builder, steps) as loop:
-            along = scaled(builder, loop.index, LINE)
-            panel = builder.add(weights, scaled(builder, loop.index, _PAIRS * PANEL * 4))
+            along = scaled(builder, loop.index, TILE)
+            panel = builder.add(weights, scaled(builder, loop.index, 4 * TILE))
+            ask(builder.add(first, ir.Constant(_WORD, side)), loop.index)
             for i in range(halves):
-                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", builder.add(rows[i], along), x_stride)
-            for j in range(2):
-                at = builder.add(panel, ir.Constant(ir.IntType(64), (2 * side + j) * LINE))
-                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{6 + j}", at, line)
-            for i in range(halves):
-                for j in range(2):
-                    run_assembly(builder, f"{dot} %tmm{6 + j}, %tmm{4 + i}, %tmm{2 * i + j}")
+                where = builder.add(rows[i], along)
+                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", where, ir.Constant(_WORD, LINE))
+            for j in range(columns):
+                tile = 4 + halves + j % (4 - halves)
+                where = builder.add(panel, ir.Constant(_WORD, (columns * side + j) * LINE))
+                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
+                for i in range(halves):
+                    run_assembly(builder, f"{dot} %tmm{tile}, %tmm{4 + i}, %tmm{columns * i + j}")
         for tile, where in places:
             run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
 
 
 def _tiles_of(dot: str, fresh: bool) -> Any:
     @intrinsic
-    def tiles_of(typing: Any, x: Any, x_stride: Any, weights: Any, steps: Any, sums: Any, sixteens: Any) -> Any:
-        """16 * ``sixteens`` rows times ``steps`` tiles of a panel's inputs, to ``sums``; see :func:`_block`."""
-        return types.void(*[types.intp] * 6), _generator(dot, fresh)
+    def tiles_of(
+        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, sixteens: Any, following: Any
+    ) -> Any:
+        """16 * ``sixteens`` rows (arranged, ``tall`` bytes for 16 of them) times ``steps`` tiles of a panel's inputs,
+        to ``sums``; see :func:`_block`. ``following``: address of as many weights to ask for, or 0."""
+        return types.void(*[types.intp] * 7), _generator(dot, fresh)
 
     return tiles_of
 
 
 def _generator(dot: str, fresh: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_stride, weights, steps, sums, sixteens = arguments
+        x, tall, weights, steps, sums, sixteens, following = arguments
+        zero, one, two = (ir.Constant(_WORD, n) for n in range(3))
+        # The lines of the next stretch are spread evenly over the passes of this one, four at a time.
+        wanted = builder.icmp_signed("!=", following, zero)
+        fours = builder.select(
+            wanted, builder.sdiv(builder.add(builder.sub(sixteens, one), ir.Constant(_WORD, 16)), sixteens), zero
+        )
+        share = scaled(builder, fours, 4 * LINE)
 
-        def at(number: Any) -> tuple[Any, Any]:
-            row = scaled(builder, number, 16)
-            return builder.add(x, builder.mul(row, x_stride)), builder.add(sums, scaled(builder, row, PANEL * 4))
+        def ask(number: Any, step: Any) -> None:
+            done = builder.add(builder.mul(number, steps), step)
+            begin = builder.add(following, builder.mul(done, share))
+            with cgutils.for_range(builder, fours) as loop:
+                here = builder.add(begin, scaled(builder, loop.index, 4 * LINE))
+                for i in range(4):
+                    avx.prefetch(builder, here, i * LINE)
 
-        zero, one, two = (ir.Constant(sixteens.type, n) for n in range(3))
+        def block(halves: int, number: Any) -> None:
+            at = builder.add(x, builder.mul(number, tall))
+            target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
+            _block(builder, halves, at, tall, weights, steps, target, dot, fresh, ask, number)
+
         with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
-            rows, target = at(scaled(builder, loop.index, 2))
-            _block(builder, 2, rows, x_stride, weights, steps, target, dot, fresh)
+            block(2, scaled(builder, loop.index, 2))
         with builder.if_then(builder.icmp_signed("!=", builder.srem(sixteens, two), zero)):
-            rows, target = at(builder.sub(sixteens, one))
-            _block(builder, 1, rows, x_stride, weights, steps, target, dot, fresh)
+            block(1, builder.sub(sixteens, one))
         return context.get_dummy_value()
 
     return generate
@@ -162,50 +203,98 @@ _tiles = _tiles_of("tdpbf16ps", False)
 _byte_tiles = _tiles_of("tdpbsud", True)  # signed activations, unsigned weights
 
 
+@njit(cache=True)
+def room_for(size: int) -> Any:
+    """(size,) bytes that start at a line of memory."""
+    room = np.empty(size + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return room[start : start + size]
+
+
+@njit(cache=True)
+def sixteens_of(rows: int) -> int:
+    """Tiles that hold so many rows."""
+    return (rows + 15) // 16
+
+
 @njit(cache=True, error_model="numpy")
-def panels(x: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> None:
-    """As :func:`hasten.nn.product.bfloat16.panels`."""
+def arrange_row(line: Any, tiles: Any, row: int) -> None:
+    """Put row number ``row`` into tiles: line (in,), of which 64 bytes go to each step; tiles (sixteens, steps, 16, 64
+    bytes) of the same type. Inputs that fill no step are left out."""
+    part, own = tiles[row // 16], row % 16
+    width = tiles.shape[3]
+    for step in range(tiles.shape[1]):
+        part[step, own] = line[step * width : (step + 1) * width]
+
+
+@njit(cache=True)
+def _tiles_for(x: Any) -> Any:
+    width = LINE // x.itemsize
+    count, steps = sixteens_of(len(x)), x.shape[1] // width
+    return room_for(count * steps * TILE).view(x.dtype).reshape((count, steps, 16, width))
+
+
+@njit(cache=True, error_model="numpy")
+def arrange(x: Any) -> Any:
+    """x (rows, in) -> (sixteens, steps, 16, 64 bytes); rows that fill a tile up hold anything."""
+    tiles = _tiles_for(x)
+    for row in range(len(x)):
+        arrange_row(x[row], tiles, row)
+    return tiles
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _arranged(x: Any) -> Any:
+    """As :func:`arrange`, by all threads."""
+    tiles = _tiles_for(x)
+    for row in prange(len(x)):
+        arrange_row(x[row], tiles, row)
+    return tiles
+
+
+@njit(cache=True, error_model="numpy")
+def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, last: int) -> None:
+    """As :func:`hasten.nn.product.bfloat16.panels`, of the same rows in tiles as well (:func:`arrange_row`)."""
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
-    sums = np.empty((min(rows, GROUP), PANEL), np.float32)
+    sums = np.empty((sixteens_of(min(rows, GROUP)) * 16, PANEL), np.float32)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
+    tall = tiles.shape[1] * TILE
     open_tiles()
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
         count = min(GROUP, rows - start)
-        sums[:count] = 0
-        tiled = count // 16 * 16
+        sums[:] = 0
         for pair in range(0, pairs, _SPAN):
             span = min(_SPAN, pairs - pair)
-            whole = span // _PAIRS * _PAIRS
-            here = x_base + start * x_stride + pair * 4
+            whole = span // _PAIRS
             there = base + (panel * pairs + pair) * PANEL * 4
-            if tiled > 0 and whole > 0:
-                _tiles(here, x_stride, there, whole // _PAIRS, sums.ctypes.data, tiled // 16)
-                if whole < span:
-                    stretch(
-                        here + whole * 4, x_stride, there + whole * PANEL * 4, span - whole, sums.ctypes.data, tiled
-                    )
-                if tiled < count:
-                    stretch(here + tiled * x_stride, x_stride, there, span, sums.ctypes.data + tiled * PANEL * 4,
-                            count - tiled)  # fmt: skip
-            else:
-                stretch(here, x_stride, there, span, sums.ctypes.data, count)
+            if whole > 0:
+                _tiles(
+                    tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole,
+                    sums.ctypes.data, sixteens_of(count), there + AHEAD if start == 0 else 0,
+                )  # fmt: skip
+            if whole * _PAIRS < span:
+                done = whole * _PAIRS
+                stretch(
+                    x_base + start * x_stride + (pair + done) * 4, x_stride, there + done * PANEL * 4, span - done,
+                    sums.ctypes.data, count,
+                )  # fmt: skip
         write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
     close_tiles()
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _multiply(x: Any, weights: Any, bias: Any, out: Any, parts: int) -> None:
+def _multiply(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, parts: int) -> None:
     items = weights.shape[0] * ((out.shape[0] + GROUP - 1) // GROUP)
     for part in prange(parts):
-        panels(x, weights, bias, out, items * part // parts, items * (part + 1) // parts)
+        panels(x, tiles, weights, bias, out, items * part // parts, items * (part + 1) // parts)
 
 
 def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
     """``out = x @ W.T + bias``; see :func:`hasten.nn.product.bfloat16.multiply`."""
-    _multiply(x, weights, bias, out, numba.get_num_threads())
+    _multiply(x, _arranged(x), weights, bias, out, numba.get_num_threads())
 
 
 def takes_bytes(inputs: int) -> bool:
@@ -220,43 +309,36 @@ def _add_scaled(totals: Any, starts: Any, scales: Any, group: int, sums: Any) ->
         start, scale = starts[row, group], scales[row, group]
         line, target = totals[row], sums[row]
         for i in range(PANEL):
-            target[i] = np.float32(line[i] + start) * scale + target[i]
+            target[i] = np.float32(np.int32(line[i] + start)) * scale + target[i]
 
 
 @njit(cache=True, error_model="numpy")
 def byte_panels(
-    x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, first: int, last: int
+    tiles: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, first: int, last: int
 ) -> None:
-    """As :func:`hasten.nn.product.int8.panels`, for whole tiles of inputs."""
+    """As :func:`hasten.nn.product.int8.panels`, of rows in tiles (:func:`arrange_row`)."""
     rows, width = out.shape
     parts = (rows + GROUP - 1) // GROUP
     quads = weights.shape[1]
     span = int8.INPUTS // 4
     groups = (quads + span - 1) // span
-    sums = np.empty((min(rows, GROUP), PANEL), np.float32)
-    totals = np.empty((GROUP, PANEL), np.int32)
-    base, x_base, x_stride, side = weights.ctypes.data, x.ctypes.data, x.strides[0], scales.strides[0]
+    most = sixteens_of(min(rows, GROUP)) * 16
+    sums = np.empty((most, PANEL), np.float32)
+    totals = np.empty((most, PANEL), np.int32)
+    base, tall = weights.ctypes.data, tiles.shape[1] * TILE
     open_tiles()
     for item in range(first, last):
         panel, begin = item // parts, (item % parts) * GROUP
         count = min(GROUP, rows - begin)
-        tiled = count // 16 * 16
         sums[:count] = 0
         for group in range(groups):
-            if tiled > 0:
-                _byte_tiles(
-                    x_base + begin * x_stride + group * int8.INPUTS, x_stride,
-                    base + (panel * quads + group * span) * PANEL * 4, min(span, quads - group * span) // 16,
-                    totals.ctypes.data, tiled // 16,
-                )  # fmt: skip
-                _add_scaled(totals[:tiled], starts[begin:], scales[begin:], group, sums)
-        if tiled < count:
-            beside = (begin + tiled) * side
-            int8.stretch(
-                x_base + (begin + tiled) * x_stride, x_stride, side, base + panel * quads * PANEL * 4, groups, quads,
-                starts.ctypes.data + beside, scales.ctypes.data + beside, sums.ctypes.data + tiled * PANEL * 4,
-                count - tiled,
+            here = min(span, quads - group * span)
+            there = base + (panel * quads + group * span) * PANEL * 4
+            _byte_tiles(
+                tiles.ctypes.data + begin // 16 * tall + group * (span // _PAIRS) * TILE, tall, there, here // _PAIRS,
+                totals.ctypes.data, sixteens_of(count), there + AHEAD if begin == 0 else 0,
             )  # fmt: skip
+            _add_scaled(totals[:count], starts[begin:], scales[begin:], group, sums)
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
         int8.write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
     close_tiles()
@@ -264,12 +346,12 @@ def byte_panels(
 
 @njit(cache=True, parallel=True, error_model="numpy")
 def _multiply_bytes(
-    x: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, parts: int
+    tiles: Any, starts: Any, scales: Any, weights: Any, weight_scales: Any, bias: Any, out: Any, parts: int
 ) -> None:
     items = weights.shape[0] * ((out.shape[0] + GROUP - 1) // GROUP)
     for part in prange(parts):
         byte_panels(
-            x, starts, scales, weights, weight_scales, bias, out, items * part // parts, items * (part + 1) // parts
+            tiles, starts, scales, weights, weight_scales, bias, out, items * part // parts, items * (part + 1) // parts
         )
 
 
@@ -277,4 +359,4 @@ def multiply_bytes(x: Any, weights: tuple[Any, Any], bias: Any, out: Any) -> Non
     """As :func:`hasten.nn.product.int8.multiply`, for whole tiles of inputs: the same bits."""
     packed, weight_scales = weights
     q, starts, scales = quantise_rows(x, packed.shape[1] * 4, int8.INPUTS, int8.ZERO)
-    _multiply_bytes(q, starts, scales, packed, weight_scales, bias, out, numba.get_num_threads())
+    _multiply_bytes(_arranged(q), starts, scales, packed, weight_scales, bias, out, numba.get_num_threads())
