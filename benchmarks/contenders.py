@@ -77,7 +77,8 @@ class Hasten:
         last = [int(self._step([chunk])[0].argmax()) for chunk in chunks]
         begin = _clock.now()
         for at in range(context, context + tokens):
-            last = self._step([([t], at, table) for t, table in zip(last, tables, strict=True)]).argmax(1).tolist()
+            logits = self._step([([t], at, table) for t, table in zip(last, tables, strict=True)])
+            last = logits.numpy().argmax(1).tolist()
         return _clock.now() - begin
 
     def prefill(self, length: int) -> float:

@@ -19,7 +19,7 @@ from hasten.clock import MonotonicClock
 from hasten.measure.stats import paired_ratio
 
 CLOCK = MonotonicClock()
-PARTS = ("pair", "edit", "loads", "theory", "codec", "triforce", "dyspec", "lean")
+PARTS = ("pair", "edit", "loads", "theory", "codec", "codes", "triforce", "dyspec", "lean")
 CONTEXTS: tuple[int, ...] = (8192, 16_384, 32_768)
 BATCHES: tuple[int, ...] = (2, 4, 8, 16, 32)
 
@@ -306,7 +306,9 @@ def codec(rounds: int) -> list[Row]:
     """A cache of 2,000 tokens: encode and decode against prefill, bytes against 8-bit KV, perplexity."""
     from hasten.language import load
     from hasten.language.corpus import documents
-    from hasten.language.kvcodec import capture, fit
+    from hasten.language.kvfit import fit
+    from hasten.language.kvvalues import capture, read_cache, write_cache
+    from hasten.language.speculate.session import Session
 
     out = []
     model = load("pycode-4m")
@@ -343,24 +345,35 @@ def codec(rounds: int) -> list[Row]:
         ("random-245m", load("random-245m"), [list(range(9, 2009))]),
     ):
         tables = coder if one is model else fit(one, [pieces[0][:600]], levels=(2,), measure=False)
-        caches = [capture(one, p) for p in pieces]
-        blobs = [tables.encode(kv, 2) for kv in caches]
-        for blob in blobs:
-            tables.decode(blob)
-        coding, computing = [], []
-        for _ in range(max(3, rounds) if one is model else 2):
-            began = CLOCK.now()
-            for kv in caches:
-                tables.decode(tables.encode(kv, 2))
-            middle = CLOCK.now()
-            for p in pieces:
-                capture(one, p)
-            coding.append(middle - began)
-            computing.append(CLOCK.now() - middle)
+        sessions = [Session(one.executor, len(p)) for p in pieces]
+        stages: dict[str, list[float]] = {n: [] for n in ("prefill", "read", "encode", "decode", "write")}
+        for _ in range((max(3, rounds) if one is model else 2) + 1):
+            now: list[float] = []
+            for p, session in zip(pieces, sessions, strict=True):
+                session.done = 0
+                at = [CLOCK.now()]
+                session.feed(p)
+                at.append(CLOCK.now())
+                kv = read_cache(session.cache, session.table, len(p))
+                at.append(CLOCK.now())
+                blob = tables.encode(kv, 2)
+                at.append(CLOCK.now())
+                back = tables.decode(blob)
+                at.append(CLOCK.now())
+                write_cache(session.cache, session.table, back)
+                at.append(CLOCK.now())
+                now = (np.diff(at) + (now or 0.0)).tolist()
+            for name_, seconds in zip(stages, now, strict=True):
+                stages[name_].append(seconds)
+        computing = stages["prefill"][1:]
+        coding = [sum(parts) for parts in zip(*(stages[n][1:] for n in stages if n != "prefill"), strict=True)]
         ratio = paired_ratio(computing, coding)
+        symbols = 2 * kv.keys.size * len(pieces)
+        shown = ", ".join(f"{n} {np.median(x[1:]) * 1e3:.1f} ms" for n, x in stages.items())
+        rates = [symbols / float(np.median(stages[n][1:])) / 1e6 for n in ("encode", "decode")]
         out.append(
             Row(
-                f"2,000 tokens, prefill over encode + decode, {name}",
+                f"2,000 tokens, prefill over coding from cache to cache, {name}",
                 "prefill",
                 2000 / float(np.median(coding)),
                 2000 / float(np.median(computing)),
@@ -369,8 +382,63 @@ def codec(rounds: int) -> list[Row]:
                 ratio.low,
                 ratio.high,
                 1.0,
+                note=f"{shown}; {symbols / 1e6:.1f} million symbols, {rates[0]:.0f} and {rates[1]:.0f} million/s",
             )
         )
+    return out
+
+
+def codes(rounds: int) -> list[Row]:
+    """Decoding over a cache of 8-bit codes against one of bfloat16: tokens/s, and the perplexity that it costs."""
+    import torch
+
+    from hasten.language import load
+    from hasten.language.ragged import RaggedBatch
+    from hasten.studies.triforce import long_model
+    from hasten.tune.guessing import prompts_for
+    from hasten.tune.kv_precision import kv_loss
+
+    model = load("pycode-4m")
+    loss = kv_loss(model, "int8", prompts_for(model, [1000] * 12))
+    row = Row("perplexity, cache of 8-bit codes", "bfloat16", score=1 + loss, limit=True, at_least=1.01,
+              note="12 pieces of held-out code, 1,000 tokens each, read in pieces of 64")  # fmt: skip
+    out = [row]
+    cases = [("pycode-4m, stretched", long_model(17_000).executor, [(1, 2048), (1, 16_000), (8, 4096)]),
+             ("random-245m", load("random-245m").executor, [(1, 4088), (8, 4088)])]  # fmt: skip
+    for name, executor, loads_ in cases:
+        for count, context in loads_:
+            pages = context // 16 + 1
+            order = torch.randperm(count * pages, generator=torch.Generator().manual_seed(0)).tolist()
+            chunks = [([5], context, order[i * pages : (i + 1) * pages]) for i in range(count)]
+            caches, sizes = {}, {}
+            for kind in ("auto", "int8"):
+                executor.keep_cache_in(kind)
+                caches[kind], sizes[kind] = executor.new_cache(count * pages, 16), executor.bytes_per_token
+                for half in (caches[kind].keys, caches[kind].values):
+                    half.view(torch.uint8).random_(0, 60)  # positive numbers of moderate size, no page left untouched
+            executor.keep_cache_in("auto")
+            batch, times = RaggedBatch.build(chunks), {kind: [] for kind in caches}
+            for turn in range(4 * rounds + 2):
+                for kind in list(caches) if turn % 2 else list(caches)[::-1]:
+                    began = CLOCK.now()
+                    executor.step(batch, caches[kind])
+                    if turn > 1:
+                        times[kind].append(CLOCK.now() - began)
+            ratio = paired_ratio(times["auto"], times["int8"])
+            rates = [count / float(np.median(times[kind])) for kind in ("int8", "auto")]
+            out.append(
+                Row(
+                    f"decode, {count} x {context} tokens of context, {name}",
+                    "cache in bfloat16",
+                    rates[0],
+                    rates[1],
+                    "tokens/s",
+                    ratio.value,
+                    ratio.low,
+                    ratio.high,
+                    note=f"{sizes['int8']} bytes of cache a token against {sizes['auto']}",
+                )
+            )
     return out
 
 

@@ -254,7 +254,8 @@ class Hasten(Peer):
     def read(self):
         from hasten.retrieve.index.spann import Spann
 
-        self.index = Spann.open(self.folder / "hasten.spann", io=self.options.get("io", "mmap"), read_only=True)
+        more = {"io": self.options.get("io", "mmap"), "memory": self.options.get("hold")}
+        self.index = Spann.open(self.folder / "hasten.spann", read_only=True, **more)
 
     def search(self, queries, k, knob):
         from hasten.retrieve.index.hit import SearchOptions

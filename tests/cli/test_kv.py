@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from hasten.cli import kv
 from hasten.errors import ConfigurationError, DataError
-from hasten.language import kvcodec
+from hasten.language import kvfit
 
-pytest.importorskip("constriction")
 app = typer.Typer()
 for _name in kv.__all__:
     app.command(_name)(getattr(kv, _name))
@@ -34,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import hasten.serve.kvstore as home
 
     patch.setattr(home, "sample_contexts", lambda model: [model.tokenizer.encode(text.read_text()[:600])] * 2)
-    patch.setattr(kvcodec, "fit", lambda model, contexts, fit=kvcodec.fit: fit(model, contexts, measure=False))
+    patch.setattr(kvfit, "fit", lambda model, contexts, fit=kvfit.fit: fit(model, contexts, measure=False))
     done = run("encode", "pycode-4m", str(text), "-o", str(folder / "s"), "--chunk", "64", "--levels", "0,2", "--json")
     patch.undo()
     assert done.exit_code == 0, (done.output, done.exception)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import ConfigurationError
-from hasten.language import lean
-from hasten.language.lean import Plan, State, fixed_split, partial, partition, per_head
+from hasten.language import kernels_lean, lean
+from hasten.language.kernels_lean import Plan
+from hasten.language.lean import State, fixed_split, partial, partition, per_head
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -114,7 +115,7 @@ def test_kernel_is_softmax_attention_whatever_the_shares(dtype, tree, whole):
         )
         form = (lambda x: x.view(torch.uint16).numpy()) if dtype == torch.bfloat16 else (lambda x: x.numpy())
         plan = Plan(contexts, 2, 16, 1 + seed % 5, whole=whole)
-        out, logs = lean.attend(
+        out, logs = kernels_lean.attend(
             query, starts, contexts, tables, offsets, line, lows, form(keys), form(values), scale=0.25, plan=plan
         )
         for chunk in range(len(contexts)):

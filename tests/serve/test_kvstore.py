@@ -10,7 +10,6 @@ from hasten.serve.engine import Engine
 from hasten.serve.kvstore import PrefixStore
 from hasten.serve.policy import make
 
-pytest.importorskip("constriction")
 torch.set_num_threads(1)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -89,3 +88,35 @@ def test_a_store_does_not_hurt_sharing_inside_the_engine(model, prompt, tmp_path
     assert answers[0].tokens == answers[2].tokens
     assert engine.pool.num_free == 12
     engine.close()
+
+
+def test_a_cache_of_codes_serves_the_same_tokens_however_it_is_used(prompt, tmp_path):
+    """Batches, shared prefixes, preemption, guesses, a restart with a store: always the tokens of one alone."""
+    from hasten.language.speculate import PromptLookup
+
+    coded = load("pycode-4m", deterministic=True, kv_precision="int8")
+    prompts = [prompt, prompt[:100] + prompt[:20], prompt[30:90], prompt[:97]]
+    alone = [Engine(coded, make("stall-free"), num_blocks=40).generate([p], GREEDY)[0].tokens for p in prompts]
+    for blocks, proposer in ((100, None), (14, None), (100, PromptLookup()), (16, PromptLookup())):
+        engine = Engine(coded, make("stall-free", token_budget=48), num_blocks=blocks, proposer=proposer)
+        assert [r.tokens for r in engine.generate(prompts, GREEDY)] == alone
+        assert engine.stats()["gauges"]["kv_cache_bits"] == 8
+        engine.check_integrity()
+    assert serve(coded, tmp_path, prompt, quality=None)[0].tokens == alone[0]
+    again, counters, _ = serve(coded, tmp_path, prompt, quality=None)
+    assert counters["kv_store_hits"] == 2
+    assert again.tokens == alone[0]
+    with pytest.raises(ConfigurationError, match="another model or precision"):
+        PrefixStore.open(tmp_path, load("pycode-4m", deterministic=True))
+
+
+def test_a_store_whose_tables_cannot_be_read_begins_anew(model, prompt, tmp_path):
+    first, _, _ = serve(model, tmp_path, prompt, quality=None)
+    (tmp_path / "codec.npz").write_bytes(b"of another version")
+    for piece in tmp_path.glob("*.hkv"):
+        piece.write_bytes(b"hkv1" + piece.read_bytes()[4:])
+    again, counters, store = serve(model, tmp_path, prompt, quality=None)
+    assert again.tokens == first.tokens
+    assert counters["kv_store_refused"] == 1
+    assert counters["kv_store_hits"] == 0
+    assert store.written == 1  # the refused piece; the other is refused when it is asked for

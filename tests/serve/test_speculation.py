@@ -17,9 +17,9 @@ from hasten.language.params import SamplingParams
 from hasten.language.speculate import PromptLookup
 from hasten.language.speculate.proposal import Proposal
 from hasten.serve.engine import Engine
+from hasten.serve.guess_costs import Acceptance, StepTimes
 from hasten.serve.http.metrics import render
 from hasten.serve.policy import FixedSpeculation, GoodputSpeculation, make
-from hasten.serve.speculation import Acceptance, StepTimes
 
 torch.set_num_threads(1)
 

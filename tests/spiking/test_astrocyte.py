@@ -105,8 +105,7 @@ def test_spikes_are_spikes() -> None:
     rates = model().spike_rates(tokens())
     assert set(rates) == {"neuron", "key", "value", "feed-forward"}
     assert all(0 < r < 1 for r in rates.values())
-    z = torch.randn(50)
-    assert set(subject.signed(z, 0.5, subject.Surrogate()).unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert max(rates.values()) < 0.3  # what is normally distributed fires at 23 %
 
 
 def test_traces_generation_and_the_ablation() -> None:

@@ -94,6 +94,25 @@ class TestEar(StreamKit):
         return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+class TestEarOverBackground(TestEar):
+    def stream(self) -> CochleaStream:
+        return CochleaStream(Cochlea(channels=12, background=20.0))
+
+    def input(self) -> torch.Tensor:
+        return sound() + 0.01 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_steady_background_falls_silent_and_a_sound_over_it_does_not() -> None:
+    noise = 0.003 * torch.randn(40000, generator=torch.Generator().manual_seed(0))
+    later = slice(300, 440)  # three seconds to learn the background
+    mixed = noise.clone()
+    mixed[36000:] += sound()
+    ear, plain = Cochlea(background=20.0), Cochlea()
+    assert cochleagram(noise, plain)[later].sum() > 500
+    assert cochleagram(noise, ear)[later].sum() < 40
+    assert cochleagram(mixed, ear)[450:].sum() > 0.5 * cochleagram(sound(), ear).sum()
+
+
 def test_a_tone_is_heard_in_its_band_when_it_begins() -> None:
     ear = Cochlea(channels=20)
     t = torch.arange(8000) / 8000
@@ -106,10 +125,25 @@ def test_a_tone_is_heard_in_its_band_when_it_begins() -> None:
     assert abs(int(first.argmax()) - expected) <= 1.5
 
 
-def test_gain_moves_only_the_onset() -> None:
-    loud, soft = cochleagram(sound()), cochleagram(0.5 * sound())
+def test_a_quiet_sound_is_heard_like_a_loud_one() -> None:
+    loud, soft = cochleagram(sound()), cochleagram(0.1 * sound())
     assert loud.sum() >= soft.sum() > 0
-    assert (loud[25:] == soft[25:]).float().mean() > 0.9
+    assert (loud == soft).float().mean() > 0.98
+    ear = Cochlea(quietest=-15.0)  # the quietest level is above the soft sound: it is heard in part
+    assert cochleagram(0.1 * sound(), ear).sum() < 0.7 * soft.sum()
+
+
+def test_after_a_loud_sound_a_quiet_one_is_heard_again_with_time_or_at_once_when_told() -> None:
+    soft, silence = 0.02 * sound(), torch.zeros(2400)
+    alone = int(cochleagram(soft)[10:].sum())
+    counts = []
+    for forget in (False, True):
+        stream = CochleaStream()
+        stream.steps(torch.cat([sound(), silence]))
+        if forget:
+            stream.forget()
+        counts.append(int(stream.steps(soft)[10:].sum()))
+    assert counts[0] < alone == counts[1]
 
 
 class TestResampler(StreamKit):

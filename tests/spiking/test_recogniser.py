@@ -10,7 +10,7 @@ import torch
 
 from hasten.errors import DataError
 from hasten.spiking import Cochlea, DelayConfig, DelayNet, Recogniser, load_recogniser
-from hasten.spiking.recogniser import RecogniserConfig, _from_onset
+from hasten.spiking.recogniser import RecogniserConfig, _from_onset, _soon
 from hasten.testing import StreamKit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +58,23 @@ def test_recordings_are_moved_to_where_the_stream_begins() -> None:
     assert heard.tolist() == [0, 2]
     assert moved[:, 0].sum(-1).tolist() == [0, 4, 0, 0, 0, 0, 0, 1, 0, 0]
     assert moved[:, 1].sum(-1).tolist() == [4] + 9 * [0]
+
+
+def test_the_loss_asks_at_every_moment_of_decision() -> None:
+    torch.manual_seed(0)
+    net = DelayNet(DelayConfig(6, (8,), 3, 0.05, dropout=0.0, threshold=0.2))
+    spikes = (torch.rand(30, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    labels = torch.tensor([0, 1, 2, 1])
+    scores = net.potentials(spikes).softmax(-1)
+    asked = [-scores[:t].mean(0)[torch.arange(4), labels].log().mean() for t in range(10, 31)]
+    torch.testing.assert_close(_soon(net, spikes, labels), sum(asked) / len(asked))
+
+
+def test_a_word_after_a_much_louder_one_is_heard() -> None:
+    soft = 0.02 * sound()
+    alone, after = recogniser().push(soft), recogniser().push(torch.cat([sound(), torch.zeros(4000), soft]))
+    assert len(alone) == 2
+    assert len(after) == 4
 
 
 def test_the_end_of_the_sound_decides_an_open_word() -> None:

@@ -22,8 +22,8 @@ from hasten.spiking.neuron import (
     lif_step,
     synaptic_step,
 )  # fmt: skip
-from hasten.spiking.scan import adaptive_scan, alpha_scan, leak_scan, lif_scan, loop, synaptic_scan
-from hasten.spiking.surrogate import SURROGATES, Surrogate
+from hasten.spiking.scan import adaptive_scan, alpha_scan, gate, leak_scan, lif_scan, loop, synaptic_scan
+from hasten.spiking.surrogate import SURROGATES, Surrogate, spike
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (7, 3, 5)  # time, batch, neurons
@@ -146,3 +146,27 @@ def test_half_precision_is_widened_and_bad_states_are_refused() -> None:
     assert torch.equal(spikes.float(), lif_scan(x.float(), None, LIFParameters())[0])
     with pytest.raises(ConfigurationError, match="does not fit"):
         lif_scan(torch.ones(4, 2, 3), torch.zeros(2, 4), LIFParameters())
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", sorted(SURROGATES))
+def test_the_gate_is_its_plain_form(name: str, signed: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(5, 7, 40, generator=g, dtype=torch.float64) for _ in range(2))
+    results = []
+    for shape in (lambda z: gate(z, 1.2, Surrogate(name), signed), plain_gate(name, signed)):
+        z = x.clone().requires_grad_()
+        y = shape(z)
+        (y * up).sum().backward()
+        results.append((y.detach(), z.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
+
+
+def plain_gate(name: str, signed: bool):  # type: ignore[no-untyped-def]
+    def run(z: torch.Tensor) -> torch.Tensor:
+        u = z / (z.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+        bump = Surrogate(name)
+        return spike(u, 1.2, bump) - (spike(-u, 1.2, bump) if signed else 0.0)
+
+    return run

@@ -1,6 +1,8 @@
 import pytest
 
 from hasten.studies import spann as subject
+from hasten.studies._spann_ablations import text_vectors
+from hasten.studies._spann_bench import recall_at
 from hasten.studies.study import Scale
 from hasten.testing import StudyKit
 
@@ -43,9 +45,9 @@ def test_a_log_that_is_not_synced_first_is_caught(tmp_path, monkeypatch):
 
 def test_curves_are_read_between_their_points():
     curve = [(1.0, 100.0, 0.0, 0.5), (4.0, 400.0, 0.0, 0.9)]
-    assert subject._at(curve, 0, 2.0) == pytest.approx(0.7)
-    assert subject._at(curve, 1, 400) == pytest.approx(0.9)
+    assert recall_at(curve, 0, 2.0) == pytest.approx(0.7)
+    assert recall_at(curve, 1, 400) == pytest.approx(0.9)
 
 
 def test_without_the_texts_pruning_on_them_is_not_judged():
-    assert subject.text_vectors(QUICK) == (None, None)
+    assert text_vectors(QUICK) == (None, None)

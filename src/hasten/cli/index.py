@@ -11,6 +11,7 @@ __all__ = ["add", "bench", "build", "compact", "cost", "delete", "search", "serv
 
 IndexPath = Annotated[Path, typer.Argument(help="Directory of the index.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Held = Annotated[str | None, typer.Option("--memory", help="What may be held, such as 8MiB; the rest is mapped.")]
 Column = Annotated[
     str | None, typer.Option("--column", help="Vector column of a Parquet file, or dataset of an HDF5 file.")
 ]
@@ -71,6 +72,7 @@ def search(
     where: Annotated[str | None, typer.Option("--where", help='JSON: ids, or such as {"year": {"min": 2020}}.')] = None,
     deadline: Annotated[str | None, typer.Option("--deadline", help="Per query, such as 5ms.")] = None,
     io: Annotated[str, typer.Option("--io", help="mmap, pread or direct.")] = "mmap",
+    memory: Held = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write ids and distances to this .npz file.")] = None,
     column: Column = None,
     json: Json = False,
@@ -88,7 +90,7 @@ def search(
         condition = encoder.loads(where) if where else None
     except ValueError as error:
         raise InvalidRequestError(f"--where is {where!r}, which is not JSON ({error})", "where") from error
-    with Spann.open(path, io=io, read_only=True) as index:
+    with Spann.open(path, io=io, memory=memory, read_only=True) as index:
         chosen: Any = None if exact else lists if lists is not None else "default"
         hit = index.search(
             read_vectors(queries, column), k, lists=chosen, epsilon=epsilon, where=condition, deadline=deadline
@@ -200,6 +202,7 @@ def bench(
     k: Annotated[int, typer.Option("-k", help="Neighbours of each query.")] = 10,
     lists: Annotated[str, typer.Option("--lists", help="Points of the curve.")] = "1,2,4,8,16,32,64",
     io: Annotated[str, typer.Option("--io", help="mmap, pread or direct.")] = "mmap",
+    memory: Held = None,
     column: Column = None,
     json: Json = False,
 ) -> None:
@@ -220,11 +223,11 @@ def bench(
     except ValueError as error:
         raise ConfigurationError(f"--lists is {lists!r}; give numbers with commas, such as 4,8,16") from error
     rows = read_vectors(queries, column)
-    with Spann.open(path, io=io, read_only=True) as index:
+    with Spann.open(path, io=io, memory=memory, read_only=True) as index:
         known = read_vectors(truth)[:, :k] if truth is not None else index.exact(rows, k).ids
         points = [measure_point(index, rows, known, k, SearchOptions(lists=m, epsilon=1e15)) for m in ladder]
-        memory = index.memory()
-    value = {"machine": Machine.detect().to_json(), "memory": memory, "io": io, "points": [p.to_json() for p in points]}
+        held = index.memory()
+    value = {"machine": Machine.detect().to_json(), "memory": held, "io": io, "points": [p.to_json() for p in points]}
     if json:
         _print(value, True, "")
         return
@@ -240,7 +243,7 @@ def bench(
             f"{p.distances:.0f}",
         )
     Console().print(table)
-    print(f"{format_quantity(memory['total'], 'bytes')} in memory")
+    print(f"{format_quantity(held['total'], 'bytes')} in memory")
 
 
 def tune(
@@ -297,7 +300,7 @@ def serve(
     threads: Annotated[int, typer.Option("--threads", help="Threads of a batch.")] = 1,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Most queries of a batch.")] = 256,
     io: Annotated[str, typer.Option("--io", help="mmap, pread or direct.")] = "mmap",
-    memory: Annotated[str | None, typer.Option("--memory", help="Bound of what is copied into memory.")] = None,
+    memory: Held = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse changes.")] = False,
     auto_compact: Annotated[
         int | None, typer.Option("--auto-compact", help="Compact after so many added rows.")

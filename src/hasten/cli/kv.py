@@ -158,8 +158,10 @@ def encode(
 
     from hasten.errors import ConfigurationError, ContextLengthError
     from hasten.language import load
-    from hasten.language.kvcodec import KVCodec, capture, fingerprint, fit
+    from hasten.language.kvcodec import KVCodec
+    from hasten.language.kvfit import fit
     from hasten.language.kvstream import Store
+    from hasten.language.kvvalues import capture, fingerprint
     from hasten.serve.kvstore import sample_contexts
 
     if not text.is_file():
@@ -203,8 +205,9 @@ def decode(
     """Read a stored cache and go on writing from it, without computing the context."""
     from hasten.errors import ConfigurationError, ContextLengthError, DataError
     from hasten.language import load
-    from hasten.language.kvcodec import KVCodec, fingerprint, write_cache
+    from hasten.language.kvcodec import KVCodec
     from hasten.language.kvstream import Store
+    from hasten.language.kvvalues import fingerprint, write_cache
     from hasten.language.ragged import RaggedBatch
 
     one = load(model, dtype=dtype)

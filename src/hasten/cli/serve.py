@@ -24,6 +24,9 @@ def serve(
     num_blocks: Annotated[int | None, typer.Option(help="Blocks of the KV cache.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Memory of the KV cache, such as 1GiB.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block.")] = 16,
+    kv_precision: Annotated[
+        str, typer.Option(help="Numbers of the KV cache: auto (as the activations) or int8, about half the bytes.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the model's kernels.")] = None,
@@ -91,6 +94,7 @@ def serve(
         threads=threads,
         deterministic=deterministic,
         seed=seed,
+        kv_precision=kv_precision,
         speculate=speculate,
         draft=draft,
         kv_store=None if kv_store is None else str(kv_store),

@@ -30,6 +30,12 @@ def tune(
         typer.Option("--speculate", help="Who may guess tokens: off, ngram, auto, draft, tree, triforce, by commas."),
     ] = "off,ngram,auto",
     draft: Annotated[str | None, typer.Option("--draft", help="Small model that guesses.")] = None,
+    kv_precisions: Annotated[
+        str, typer.Option("--kv-precisions", help="Precisions of the KV cache to try, by commas: auto, int8.")
+    ] = "auto,int8",
+    kv_quality: Annotated[
+        str, typer.Option("--kv-quality", help="How much a precision of the KV cache may raise the perplexity.")
+    ] = "1%",
     confirm: Annotated[int, typer.Option("--confirm", help="Predicted settings that are run for real.")] = 3,
     input_shape: Annotated[
         list[str] | None, typer.Option("--input-shape", help="For a module: shape such as 1x3x224x224.")
@@ -95,6 +101,8 @@ def tune(
                 precisions=[p.strip() for p in precisions.split(",") if p.strip()],
                 speculate=[w.strip() for w in speculate.split(",") if w.strip()],
                 draft=draft,
+                kv_precisions=[p.strip() for p in kv_precisions.split(",") if p.strip()],
+                kv_quality=_share(kv_quality),
                 confirm=confirm,
                 storage=storage,
                 time_limit=limit,
@@ -136,3 +144,16 @@ def _show(console: Any, result: Any) -> None:
         state = "inside" if c.feasible else "; ".join(c.violations)
         table.add_row(c.name, *cells, state if c.measured else f"not measured: {state}")
     console.print(table)
+
+
+def _share(text: str) -> float:
+    """``1%`` as 0.01."""
+    from hasten.errors import ConfigurationError
+
+    try:
+        value = float(text.rstrip("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1 or not text.endswith("%"):
+        raise ConfigurationError(f"--kv-quality is {text!r}; give a percentage such as 1%")
+    return value

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import ConfigurationError
-from hasten.language import lean
+from hasten.language import kernels_lean
 
 __all__ = ["BACKENDS", "DecodeAttention", "decode"]
 
@@ -129,14 +129,14 @@ def _on_cpu(
     batch, heads, width = query.shape
     kv_heads, contexts = pages.shape[1], np.asarray(lengths, np.int32)
     threads = numba.get_num_threads() if grid is None else grid
-    plan = lean.Plan(contexts, kv_heads, tile, threads, whole=False)
+    plan = kernels_lean.Plan(contexts, kv_heads, tile, threads, whole=False)
     if backend == "flash-2":
-        plan = lean.Plan.of_pieces(contexts, kv_heads, tile, 1)
+        plan = kernels_lean.Plan.of_pieces(contexts, kv_heads, tile, 1)
     elif backend == "flash-decoding":
-        plan = lean.Plan.of_pieces(contexts, kv_heads, tile, threads)
+        plan = kernels_lean.Plan.of_pieces(contexts, kv_heads, tile, threads)
     form: Any = (lambda x: x.view(torch.uint16).numpy()) if pages.dtype == torch.bfloat16 else (lambda x: x.numpy())
     nothing = np.zeros(batch + 1, np.int32)
-    out, logs = lean.attend(
+    out, logs = kernels_lean.attend(
         query.contiguous(), np.arange(batch + 1, dtype=np.int32), contexts,
         np.ascontiguousarray(tables.numpy(), np.int32), nothing, nothing[:0], nothing[:-1], form(pages.contiguous()),
         form(contents.contiguous()), scale=scale, plan=plan,

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +25,7 @@ from hasten.language.codes import joined
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
 from hasten.language.linear import PackedLinear, best_precision, pack
+from hasten.language.pages import KVCache, checked, row_bytes, rows_of, widened
 from hasten.language.ragged import RaggedBatch
 from hasten.nn import causal_mask
 
@@ -44,34 +44,6 @@ Read = Callable[[str, tuple[int, ...]], Any]
 """Name and shape of a parameter -> its tensor, or codes and scales (:class:`~hasten.compress.quantize.Quantized`)."""
 _Place = Callable[..., Tensor]  # (layer, qkv, cos, sin, keys, values) -> query
 _Attend = Callable[..., Tensor]  # (layer, index, query, keys, values) -> (rows, heads * head_dim)
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer: two of (layers, blocks, kv_heads, block_size, head_dim)."""
-
-    keys: Tensor
-    values: Tensor
-    _layers: list[tuple[Any, Any]] = field(default_factory=list, repr=False, compare=False)
-
-    def layers(self, form: Callable[[Tensor], Any]) -> list[tuple[Any, Any]]:
-        """Keys and values of each layer in the form that the operations take; made once."""
-        if not self._layers:
-            self._layers.extend((form(k), form(v)) for k, v in zip(self.keys, self.values, strict=True))
-        return self._layers
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the cache takes."""
-        return 2 * self.keys.numel() * self.keys.element_size()
-
-    @property
-    def block_size(self) -> int:
-        return self.keys.shape[3]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.keys.shape[1]
 
 
 @dataclass
@@ -144,7 +116,7 @@ class Executor:
         self.vocab_size = config.vocab_size
         self.max_context = config.max_position_embeddings
         self.dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        self.bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+        self.keep_cache_in("auto")
         if deterministic and self.device.type != "cpu":
             raise ConfigurationError("deterministic mode is implemented on the CPU; use device='cpu'")
         self._ops = _operations_of(self.device)
@@ -295,12 +267,17 @@ class Executor:
         return KVCache(keys, values)
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Zeros that nobody has touched yet. numpy's large arrays lie in huge pages, where the system has any: blocks
-        are scattered, and with small pages each would cost a walk through the page table."""
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        kind = np.float32 if self.dtype is torch.float32 else np.uint16
-        return torch.from_numpy(np.zeros(shape, kind)).view(self.dtype)
+        return rows_of(shape, self.dtype, self.kv_precision, self.device)
+
+    def keep_cache_in(self, precision: str) -> None:
+        """How later caches hold keys and values: ``auto`` (as the activations) or ``int8``, on the CPU.
+
+        Raises :class:`~hasten.errors.ConfigurationError` where this executor cannot.
+        """
+        self.kv_precision = checked(precision, self.device)
+        config = self.config
+        row = row_bytes(config.head_dim, self.dtype, precision)
+        self.bytes_per_token = 2 * config.num_layers * config.num_kv_heads * row
 
     @torch.inference_mode()
     def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
@@ -513,13 +490,15 @@ class Executor:
 
 def _flash(query: Tensor, chunk: _Long, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     """query (length, heads, width) -> (length, heads * width), through torch's flash kernel on gathered pages."""
-    _, kv_heads, size, width = keys.shape
-    length, heads, _ = query.shape
+    _, kv_heads, size, _ = keys.shape
+    length, heads, width = query.shape
     total = chunk.context + length
     table = chunk.table[: -(-total // size)]
 
     def gathered(cache: Tensor) -> Tensor:
-        pages = cache[table].transpose(0, 1).reshape(1, kv_heads, -1, width)[:, :, :total]
+        rows = cache[table].transpose(0, 1)
+        rows = widened(rows).to(query.dtype) if cache.dtype is torch.int8 else rows
+        pages = rows.reshape(1, kv_heads, -1, width)[:, :, :total]
         return pages.repeat_interleave(heads // kv_heads, 1) if heads != kv_heads else pages
 
     plain = chunk.context == 0 and (window is None or window >= total)

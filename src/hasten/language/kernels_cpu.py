@@ -15,6 +15,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from hasten.language.kernels_codes import held, put_key, put_value, row_scale, widen_page, width_of
 from hasten.language.kernels_paged import PAGE, attend_page, paged_kernel_takes
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.bfloat import FAST, exp, load, store
@@ -203,26 +204,19 @@ def place_token(
 
     ``position`` turns, ``place`` is the slot along the table; they differ for trees of guesses and caches with gaps.
     """
-    _, kv_heads, size, width = keys.shape
-    pairs = cos.shape[1]
+    _, kv_heads, size, _ = keys.shape
+    width, pairs = query.shape[1], cos.shape[1]
     c, s = cos[position], sin[position]
     block, slot = table[place // size], place % size
     for head in range(heads + kv_heads):
         line = qkv[head * width : (head + 1) * width]
         factor = _head_factor(line, width, normed, eps)
-        weight = q_norm if head < heads else k_norm
-        target = query[head] if head < heads else keys[block, head - heads, slot]
-        for i in range(pairs):
-            a = load(line[i]) * factor * weight[i]
-            b = load(line[pairs + i]) * factor * weight[pairs + i]
-            store(target, i, a * c[i] - b * s[i])
-            store(target, pairs + i, b * c[i] + a * s[i])
-        for i in range(2 * pairs, width):
-            store(target, i, load(line[i]) * factor * weight[i])
+        if head < heads:
+            put_key(line, factor, q_norm, c, s, pairs, width, query[head])
+        else:
+            put_key(line, factor, k_norm, c, s, pairs, width, keys[block, head - heads, slot])
     for head in range(kv_heads):
-        line, target = qkv[(heads + kv_heads + head) * width :], values[block, head, slot]
-        for i in range(width):
-            store(target, i, load(line[i]))
+        put_value(qkv[(heads + kv_heads + head) * width :], width, values[block, head, slot])
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -268,7 +262,7 @@ def place(
     (blocks, kv_heads, block_size, width); all but ``qkv`` are constants -> (tokens, heads, width). ``places``: slots of
     the tokens along their block tables, where these are not their positions.
     """
-    width = keys.shape[3]
+    width = width_of(keys)
     ones = _ONES.get(width)
     if ones is None:
         ones = _ONES[width] = np.ones(width, np.float32)
@@ -293,7 +287,7 @@ def _attend_one(
     softcap: float, out: Any, q: Any, acc: Any, scores: Any, best: Any, total: Any,
 ) -> None:  # fmt: skip
     """The ``group`` query heads of one token that share key head ``head``; block by block, online softmax."""
-    size, width = keys.shape[2], keys.shape[3]
+    size, width = keys.shape[2], query.shape[1]
     first = 0 if window <= 0 else max(0, position - window + 1)
     for h in range(group):
         best[h] = np.float32(-1e30)
@@ -313,8 +307,8 @@ def _attend_one(
                 key = page[j]
                 score = np.float32(0.0)
                 for i in range(width):
-                    score += line[i] * load(key[i])
-                scores[j] = score
+                    score += line[i] * held(key[i])
+                scores[j] = score * row_scale(key)
             if softcap > 0:
                 for j in range(low, high):
                     squashed = np.float32(2.0) / (np.float32(1.0) + exp(np.float32(-2.0 / softcap) * scores[j]))
@@ -333,9 +327,10 @@ def _attend_one(
                 for i in range(width):
                     sums[i] *= fade
             for j in range(low, high):
-                weight, value = scores[j], content[j]
+                value = content[j]
+                weight = scores[j] * row_scale(value)
                 for i in range(width):
-                    sums[i] += weight * load(value[i])
+                    sums[i] += weight * held(value[i])
     for h in range(group):
         inverse = np.float32(1.0) / total[h]
         at, sums = (head * group + h) * width, acc[h]
@@ -348,7 +343,7 @@ def _attend_items(
     query: Any, chunk_of: Any, positions: Any, tables: Any, keys: Any, values: Any, scale: float, window: int,
     softcap: float, out: Any, first: int, last: int,
 ) -> None:  # fmt: skip
-    kv_heads, size, width = keys.shape[1], keys.shape[2], keys.shape[3]
+    kv_heads, size, width = keys.shape[1], keys.shape[2], query.shape[2]
     group = query.shape[1] // kv_heads
     q = np.empty((group, width), np.float32)
     acc = np.empty((group, width), np.float32)
@@ -367,8 +362,10 @@ def attend_pages(
     first: int, last: int,
 ) -> None:  # fmt: skip
     """As :func:`_attend_items`, through the kernel for pages of sixteen keys; a position below 0 leaves a row out."""
-    kv_heads, width = keys.shape[1], keys.shape[3]
+    kv_heads, width = keys.shape[1], query.shape[2]
     group = query.shape[1] // kv_heads
+    wide = np.empty((2, PAGE, width), np.uint16)  # a page of codes as bfloat16
+    coded = keys.shape[3] != width
     sums = np.empty((group, width), np.float32)
     weights = np.empty((group, PAGE), np.float32)
     state = np.empty((3, group), np.float32)
@@ -386,8 +383,10 @@ def attend_pages(
         for number in range(start // PAGE, last_page + 1):
             block = table[number]
             following = table[min(number + 1, last_page)]
-            attend_page(query[token, head * group].ctypes.data, keys[block, head].ctypes.data,
-                        values[block, head].ctypes.data, (following - block) * keys.strides[0],
+            ahead = 0 if coded else (following - block) * keys.strides[0]
+            attend_page(query[token, head * group].ctypes.data,
+                        widen_page(keys, block, head, following, width, wide[0]),
+                        widen_page(values, block, head, following, width, wide[1]), ahead,
                         max(0, start - number * PAGE), min(PAGE, position + 1 - number * PAGE), group, width,
                         np.float32(scale), best.ctypes.data, total.ctypes.data, weights.ctypes.data, fade.ctypes.data,
                         sums.ctypes.data)  # fmt: skip

@@ -159,7 +159,7 @@ def run_stack(
 ) -> None:  # fmt: skip
     """One step; :class:`hasten.language.stack.Stack` prepares what it takes."""
     rows, hidden = residual.shape
-    width = keys.shape[4]
+    width = matrices[0, QKV, 1] // (heads + 2 * keys.shape[2])
     depth = matrices.shape[0]
     h = np.empty((rows, hidden), np.uint16)
     sums = np.empty((rows, hidden), np.float32)
@@ -172,10 +172,12 @@ def run_stack(
     job = np.array(
         [rows, heads, width, keys.shape[2], tables.shape[1], query.ctypes.data, places.ctypes.data, tables.ctypes.data,
          tables.shape[0], 0, 0, 0, attended.ctypes.data, items.ctypes.data, states.shape[0], states.shape[1] // 16,
-         states.ctypes.data, np.int64(bits_of_float(np.float32(scale)))], np.int64,
+         states.ctypes.data, np.int64(bits_of_float(np.float32(scale))), keys.shape[4] != width], np.int64,
     )  # fmt: skip
     joining = job.copy()
     joining[13] = merges.ctypes.data
+    alone = job.copy()
+    alone[6], alone[13] = near.ctypes.data, chunk_of.ctypes.data
     halves = min(threads, 1 + len(merges) // 4)
     ends = np.array([len(merges) * part // halves for part in range(halves + 1)], np.int64)
     for layer in range(depth):
@@ -194,7 +196,10 @@ def run_stack(
             copy_slots(copies, values[layer])
         if len(kept):
             kept[layer] = query
-        if len(shares):
+        if len(shares) and code[2] != 0:
+            alone[9], alone[10], alone[11] = keys[layer].ctypes.data, values[layer].ctypes.data, windows[layer]
+            _in_parts(code[2], alone, shares)
+        elif len(shares):
             _attention(query, chunk_of, near, tables, keys[layer], values[layer], scale, windows[layer], attended,
                        shares)  # fmt: skip
         if code[0] != 0:

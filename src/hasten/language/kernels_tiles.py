@@ -21,7 +21,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
+from hasten.language.kernels_codes import SCALE
 from hasten.language.kernels_paged import LOWEST, floats, larger, shuffle
+from hasten.language.kernels_tiles_codes import STEP, in_two, join_scores, pair_codes, scales_of, scores_of_codes
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
@@ -42,7 +44,7 @@ _QUERIES = 128
 """Queries of an item at most."""
 FAR = 1024
 """Slot from which a row is worth tiles whatever its chunk holds: below, three queries leave most of a tile empty."""
-FIELDS = 18
+FIELDS = 19
 """Numbers of a job: see :func:`hasten.language.stack.Stack.step`."""
 _WORD = ir.IntType(64)
 # Plain functions call these and become kernels later; a type checker knows the intrinsics by their own parameters only.
@@ -50,10 +52,16 @@ _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 _as_float: Any = float_of_bits
 _open: Any = open_tiles
 _close: Any = close_tiles
+_join: Any = join_scores
+_pair_codes: Any = pair_codes
+_scales: Any = scales_of
+_scores_of_codes: Any = scores_of_codes
 
 
-def takes(page: int, width: int) -> bool:
-    """Whether this kernel runs here for such pages and heads."""
+def takes(page: int, width: int, coded: bool = False) -> bool:
+    """Whether this kernel runs here for such pages and heads; ``coded``: pages of codes."""
+    if coded and width % STEP:
+        return False
     return page == PAGE and width % 32 == 0 and avx.has_bfloat16() and granted()
 
 
@@ -206,18 +214,18 @@ def _power(builder: Any, x: Any) -> Any:
 @_intrinsic
 def _soften(
     typing: Any, scores: Any, first: Any, low: Any, high: Any, whole: Any, scale: Any, top: Any, mass: Any, fade: Any,
-    weights: Any,
+    weights: Any, own: Any,
 ) -> Any:  # fmt: skip
     """The online softmax of ``KEYS`` keys from key ``first`` on, a lane per query; powers of two, so ``scale`` holds
     log2(e) and is positive.
 
     scores (KEYS, 16) float32, overwritten; low, high (16,) int32: keys that a query sees; ``whole``: all see all;
     top, mass, fade (16,) float32; weights (KEYS / 32, 16 queries, 32 keys) bfloat16. The mass is that of the rounded
-    weights.
+    weights. ``own``: 0, or the address of a factor (KEYS,) for each key's weights, which the mass does not see.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scores, first, low, high, whole, scale, top, mass, fade, weights = arguments
+        scores, first, low, high, whole, scale, top, mass, fade, weights, own = arguments
         factor = avx.splat(builder, scale)
         raw: Any = cgutils.alloca_once_value(builder, floats(LOWEST))  # type: ignore[no-untyped-call]
         keys = ir.Constant(_WORD, KEYS)
@@ -246,29 +254,45 @@ def _soften(
         upper = ir.Constant(avx.INTS, [-65536] * avx.LANES)
         half = ir.Constant(avx.INTS, [0x8000] * avx.LANES)
 
-        def rounded(at: Any) -> Any:
+        def bits(weight: Any) -> Any:
             """A weight as the bits of a bfloat16 in the upper half of a word."""
-            share = _power(builder, avx.multiply_add(builder, avx.load(builder, scores, at, avx.FLOATS), factor, under))
-            return builder.and_(builder.add(builder.bitcast(share, avx.INTS), half), upper)
+            return builder.and_(builder.add(builder.bitcast(weight, avx.INTS), half), upper)
 
-        with cgutils.for_range(builder, ir.Constant(_WORD, _STEPS)) as loop:
-            base = scaled(builder, loop.index, 32 * LINE)
-            pairs = []
-            for i in range(avx.LANES):
-                one_bits = rounded(builder.add(base, ir.Constant(_WORD, 2 * i * LINE)))
-                two_bits = rounded(builder.add(base, ir.Constant(_WORD, (2 * i + 1) * LINE)))
-                both = builder.fadd(builder.bitcast(one_bits, avx.FLOATS), builder.bitcast(two_bits, avx.FLOATS))
-                builder.store(builder.fadd(builder.load(total), both), total)
-                pairs.append(builder.or_(builder.lshr(one_bits, sixteen), two_bits))
-            target = builder.add(weights, scaled(builder, loop.index, _TILE))
-            for i, row in enumerate(_transposed(builder, pairs)):
-                avx.store(builder, row, target, i * LINE)
+        def spread(scale: Any) -> None:
+            """The weights of all keys; ``scale`` (index of the key) gives each its factor, or is None."""
+            with cgutils.for_range(builder, ir.Constant(_WORD, _STEPS)) as loop:
+                pairs = []
+                for i in range(avx.LANES):
+                    found = []
+                    for side in range(2):
+                        key = builder.add(scaled(builder, loop.index, 32), ir.Constant(_WORD, 2 * i + side))
+                        score = avx.load(builder, scores, scaled(builder, key, LINE), avx.FLOATS)
+                        share = _power(builder, avx.multiply_add(builder, score, factor, under))
+                        rounded = bits(share)
+                        if scale is None:
+                            share = builder.bitcast(rounded, avx.FLOATS)
+                        else:
+                            rounded = bits(builder.fmul(share, scale(key)))
+                        found.append((rounded, share))
+                    (one, first_share), (two, second_share) = found
+                    both = builder.fadd(first_share, second_share)
+                    builder.store(builder.fadd(builder.load(total), both), total)
+                    pairs.append(builder.or_(builder.lshr(one, sixteen), two))
+                target = builder.add(weights, scaled(builder, loop.index, _TILE))
+                for i, row in enumerate(_transposed(builder, pairs)):
+                    avx.store(builder, row, target, i * LINE)
+
+        with builder.if_else(builder.icmp_signed("==", own, ir.Constant(_WORD, 0))) as (alike, each):
+            with alike:
+                spread(None)
+            with each:
+                spread(lambda key: avx.splat(builder, avx.load(builder, own, scaled(builder, key, 4), ir.FloatType())))
         old = avx.load(builder, mass, 0, avx.FLOATS)
         avx.store(builder, avx.multiply_add(builder, old, faded, builder.load(total)), mass, 0)
         return context.get_dummy_value()
 
     words = types.intp
-    return types.void(words, words, words, words, words, types.float32, *[words] * 4), generate
+    return types.void(words, words, words, words, words, types.float32, *[words] * 5), generate
 
 
 @_intrinsic
@@ -413,7 +437,9 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
     states = carray(_pointer(job[16]), (job[14], blocks_most * PAGE, width + 2), np.float32)
     scale = _as_float(np.uint32(job[17])) * np.float32(1.4426950408889634)
     group = heads // kv_heads
-    page_bytes = PAGE * width * 2
+    coded = job[18] != 0
+    row_bytes = width + SCALE if coded else 2 * width
+    page_bytes = PAGE * row_bytes
     block_bytes = kv_heads * page_bytes
     steps, tiles = width // 32, width // 16
     turned = np.empty((blocks_most, steps, 16, 32), np.uint16)
@@ -428,6 +454,11 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
     nothing = np.zeros(width, np.uint16)
     lines = np.empty(16, np.int64)
     pages = np.empty(_PAGES, np.int64)
+    bytes_of = np.zeros((2, 16, width), np.int8)  # of queries, where the cache holds codes
+    turned_bytes = np.empty((blocks_most if coded else 0, 2, width // STEP, 16, 16), np.int32)
+    lanes_of = np.zeros((blocks_most, 16), np.float32)
+    products, lows_of = np.empty((KEYS, 16), np.int32), np.empty((KEYS, 16), np.int32)
+    key_scales, value_scales = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
     _open()
     for item in range(begin, end):
         chunk, first, rows, head, segment, state = (items[item, 0], items[item, 1], items[item, 2], items[item, 3],
@@ -443,11 +474,22 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
                 least, shortest = min(least, low[lane]), min(shortest, high[lane])
                 highest = max(highest, low[lane])
                 lines[lane % 16] = query.ctypes.data + (row * heads + head * group + lane % group) * width * 2
+                if coded:
+                    which = head * group + lane % group
+                    scale_of = in_two(query[row, which], bytes_of[0, lane % 16], bytes_of[1, lane % 16])
+                    lanes_of[lane // 16, lane % 16] = scale_of
             else:
                 high[lane] = low[lane] = 0
                 lines[lane % 16] = nothing.ctypes.data
+                lanes_of[lane // 16, lane % 16] = 0
             if lane % 16 == 15:
-                _turn(lines.ctypes.data, steps, turned[lane // 16].ctypes.data)
+                if coded:
+                    for part in range(2):
+                        for i in range(16):
+                            lines[i] = bytes_of[part, i].ctypes.data
+                        _turn(lines.ctypes.data, width // STEP, turned_bytes[lane // 16, part].ctypes.data)
+                else:
+                    _turn(lines.ctypes.data, steps, turned[lane // 16].ctypes.data)
         top[:] = np.float32(LOWEST)
         mass[:] = 0
         sums[: blocks * 16] = 0
@@ -461,7 +503,11 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
                 pages[page] = keys_at + offset
                 target = paired[page // 2].ctypes.data + (page % 2) * 8 * 64
                 inside = min(PAGE, stop - key - page * PAGE)
-                if inside >= PAGE:
+                if coded:
+                    _scales(pages[page], row_bytes, inside, key_scales[page * PAGE :].ctypes.data)
+                    _scales(values_at + offset, row_bytes, inside, value_scales[page * PAGE :].ctypes.data)
+                    _pair_codes(values_at + offset, row_bytes, tiles, target)
+                elif inside >= PAGE:
                     for i in range(8):
                         row_at = values_at + offset + 2 * i * width * 2
                         _pair(row_at, row_at + width * 2, tiles, target + i * 64)
@@ -479,10 +525,18 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
             whole = np.int64(key + KEYS <= shortest and key >= highest)
             for block in range(blocks):
                 lanes = block * 16
-                _scores(pages.ctypes.data, width * 2, turned[block].ctypes.data, steps, scores.ctypes.data)
-                _soften(scores.ctypes.data, key, low[lanes:].ctypes.data, high[lanes:].ctypes.data, whole, scale,
+                if coded:
+                    _scores_of_codes(pages.ctypes.data, _PAGES, row_bytes, turned_bytes[block, 0].ctypes.data,
+                                     turned_bytes[block, 1].ctypes.data, width // STEP, products.ctypes.data,
+                                     lows_of.ctypes.data)  # fmt: skip
+                    _join(products.ctypes.data, lows_of.ctypes.data, KEYS, lanes_of[block].ctypes.data,
+                          key_scales.ctypes.data)  # fmt: skip
+                else:
+                    _scores(pages.ctypes.data, width * 2, turned[block].ctypes.data, steps, scores.ctypes.data)
+                found = products.ctypes.data if coded else scores.ctypes.data
+                _soften(found, key, low[lanes:].ctypes.data, high[lanes:].ctypes.data, whole, scale,
                         top[lanes:].ctypes.data, mass[lanes:].ctypes.data, fade.ctypes.data,
-                        weights.ctypes.data)  # fmt: skip
+                        weights.ctypes.data, value_scales.ctypes.data if coded else 0)  # fmt: skip
                 _mix(weights.ctypes.data, paired.ctypes.data, tiles, added.ctypes.data, width * 4)
                 _gather(sums[lanes:].ctypes.data, fade.ctypes.data, added.ctypes.data, tiles)
         if state < 0:

@@ -3,7 +3,9 @@
 Every chunk of a context lies in a store at several levels of :mod:`kvcodec`. Before each chunk the controller takes the
 bandwidth that the last one had, and picks the finest level with which all that remains meets the objective, or the
 text, which the model computes (CacheGen, Liu et al. 2024, section 5.3). Chunk j + 1 travels while chunk j is decoded.
-The controller is a policy: it sees an observation, does no I/O and drives simulation and real loading alike.
+The controller is a policy: it sees an observation, does no I/O and drives simulation and real loading alike. Differs
+from the paper in: the text comes first, with the index, and its time is the first estimate of the bandwidth; a model
+that waits for bytes computes the chunk meanwhile, and whichever is there first is taken.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import numpy as np
 
 from hasten.clock import Clock
 from hasten.errors import ConfigurationError, DataError
-from hasten.language.kvcodec import KeysValues, KVCodec, write_cache
+from hasten.language.kvcodec import KVCodec
 from hasten.language.kvfiles import write_bytes
+from hasten.language.kvvalues import KeysValues, write_cache
 from hasten.network import Trace
 
 __all__ = [
@@ -32,6 +35,8 @@ __all__ = [
 TEXT = "text"
 Choice = int | str
 _TOKEN_BYTES = 4.0
+_PIECE = 128
+"""Tokens that a waiting model computes before it looks again."""
 
 
 # ---- what can be fetched --------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ class LoadObservation:
     remaining: Sequence[ChunkSizes]
     """this chunk and those after it"""
     bandwidth: float | None
-    """bytes per second of the last chunk, None before the first"""
+    """bytes per second of the last transfer, None where nothing was transferred yet"""
     busy_until: float = 0.0
     """when the model has finished what it was given so far"""
 
@@ -88,6 +93,8 @@ class Controller:
     """bandwidth to assume before the first chunk; None starts at the middle level"""
     margin: float = 0.9
     """share of the remaining time that a plan may use: bandwidth may fall"""
+    hedge: bool = True
+    """whether a model that waits for a chunk computes it from its text meanwhile"""
 
     def __post_init__(self) -> None:
         if not self.slo > 0:
@@ -107,16 +114,17 @@ class Controller:
             return coded[len(coded) // 2] if coded else (levels[0] if levels else TEXT)
         times: dict[Choice, float] = {}
         for level in levels:
-            fetch = sum(c.bytes.get(level, max(c.bytes.values())) for c in chunks) / bandwidth
+            fetch = sum(c.bytes.get(level, max(c.bytes.values())) for c in chunks) / max(bandwidth, 1e-9)
             times[level] = fetch + chunks[-1].decode
-        text = sum(c.prefill for c in chunks) + max(0.0, observation.busy_until - observation.now)
-        times[TEXT] = max(text, sum(c.text_bytes for c in chunks) / bandwidth)
+        times[TEXT] = sum(c.prefill for c in chunks) + max(0.0, observation.busy_until - observation.now)
         left = self.margin * (self.slo - observation.now)
         if times[TEXT] <= left:
             return TEXT  # computing loses nothing at all
         for level in reversed(levels):
             if times[level] <= left:
                 return level
+        if self.hedge and coded:
+            return coded[0]  # computed meanwhile, so it costs no time, and tells the bandwidth
         return min(times, key=lambda n: times[n])
 
 
@@ -149,17 +157,25 @@ class Event:
 
 
 def simulate(chunks: Sequence[ChunkSizes], link: Trace, policy: Any, *, start: float = 0.0) -> list[Event]:
-    """Fetch all chunks over ``link``, which the request meets at time ``start``; times count from the request."""
-    now, busy, bandwidth = 0.0, 0.0, None
+    """Fetch the text and all chunks over ``link``, which the request meets at ``start``; times count from there."""
+    text = sum(c.text_bytes for c in chunks)
+    now = link.finish(start, text) - start
+    busy, bandwidth = 0.0, text / now if now > 0 else None
     events = []
     for index, chunk in enumerate(chunks):
         choice = policy.decide(LoadObservation(now, chunks[index:], bandwidth, busy))
-        size = chunk.text_bytes if choice == TEXT else chunk.bytes[int(choice)]
-        arrived = link.finish(start + now, size) - start
-        if arrived > now:
-            bandwidth = size / (arrived - now)
-        work = chunk.prefill if choice == TEXT else chunk.decode
-        busy = max(busy, arrived) + work
+        size, arrived = 0.0, now
+        computed = max(busy, now) + chunk.prefill
+        if choice != TEXT:
+            size = chunk.bytes[int(choice)]
+            arrived = link.finish(start + now, size) - start
+            decoded = max(busy, arrived) + chunk.decode
+            if getattr(policy, "hedge", False) and computed < decoded:  # what is under way is given up
+                choice, arrived = TEXT, computed
+                size = link.delivered(start + arrived) - link.delivered(start + now)
+            if arrived > now:
+                bandwidth = size / (arrived - now)
+        busy = computed if choice == TEXT else decoded
         events.append(Event(index, choice, now, arrived, busy, size))
         now = arrived
     return events
@@ -270,6 +286,7 @@ def load(
 
     from hasten.language.speculate.session import Session
 
+    began = clock.now()
     index = store.index(name)
     if index["model"] != codec.model:
         raise DataError(
@@ -280,35 +297,51 @@ def load(
     rate = prefill_rate or 1000.0
     chunks = [ChunkSizes({int(k): v for k, v in c["bytes"].items()}, c["tokens"], c["tokens"] / rate)
               for c in index["chunks"]]  # fmt: skip
-    began, bandwidth, events = clock.now(), None, []
+
+    events: list[Event] = []
+
+    def arrive(before: float, size: float) -> None:
+        if link is not None:
+            clock.sleep(max(0.0, link.finish(before, size) - (clock.now() - began)))
 
     def fetch(number: int, choice: Choice) -> tuple[bytes | None, float, float, float]:
-        before = clock.now() - began
-        if choice == TEXT:
-            blob, size = None, chunks[number].text_bytes
-        else:
+        before, blob, size = clock.now() - began, None, 0.0
+        if choice != TEXT:
             try:
                 blob = store.get(name, number, int(choice))
                 size = float(len(blob))
             except DataError:
-                blob, size = b"", 0.0
-        if link is not None:
-            clock.sleep(max(0.0, link.finish(before, size) - (clock.now() - began)))
+                blob = b""
+            arrive(before, size)
         return blob, before, clock.now() - began, size
 
-    with ThreadPoolExecutor(1, "kv-fetch") as pool:
-        number, choice = 0, policy.decide(LoadObservation(0.0, chunks, None))
+    weight = sum(c.text_bytes for c in chunks)
+    arrive(0.0, weight)
+    taken = clock.now() - began
+    bandwidth = weight / taken if taken > 0 else None
+    # Two, so that a chunk which is not waited for does not hold up the next.
+    with ThreadPoolExecutor(2, "kv-fetch") as pool:
+        choice = policy.decide(LoadObservation(taken, chunks, bandwidth))
         under_way = pool.submit(fetch, 0, choice)
-        while number < len(chunks):
-            blob, before, arrived, size = under_way.result()
-            taken = choice
-            if arrived > before and size:
-                bandwidth = size / (arrived - before)
+        for number, chunk in enumerate(chunks):
+            begin = number * index["chunk"]
+            piece = text[begin : begin + chunk.tokens]
+            session.done = begin
+            asked = clock.now() - began
+            if getattr(policy, "hedge", False) and choice != TEXT:
+                while not under_way.done() and session.done < begin + len(piece):
+                    session.feed(piece[session.done - begin :][:_PIECE])
+            whole = session.done == begin + len(piece)
+            if whole and not under_way.done():
+                blob, before, arrived, size, choice = None, asked, clock.now() - began, 0.0, TEXT
+            else:
+                blob, before, arrived, size = under_way.result()
+                if arrived > before and size:
+                    bandwidth = size / (arrived - before)
+            chosen = choice
             if number + 1 < len(chunks):
                 choice = policy.decide(LoadObservation(arrived, chunks[number + 1 :], bandwidth))
                 under_way = pool.submit(fetch, number + 1, choice)
-            begin = number * index["chunk"]
-            piece = text[begin : begin + chunks[number].tokens]
             kv = None
             if blob is not None:
                 try:
@@ -316,17 +349,15 @@ def load(
                     if kv.start != begin or kv.tokens != len(piece):
                         raise DataError(f"chunk {number} of {name!r} holds other tokens than its index says")
                 except DataError:
-                    kv, taken = None, TEXT
-            session.done = begin
-            if kv is None:
-                session.feed(piece)
-            else:
+                    kv, chosen = None, TEXT
+            if kv is not None:
                 write_cache(session.cache, session.table, kv)
                 session.done = begin + len(piece)
-            event = Event(number, taken, before, arrived, clock.now() - began, size)
+            elif session.done < begin + len(piece):
+                session.feed(piece[session.done - begin :])
+            event = Event(number, chosen, before, arrived, clock.now() - began, size)
             events.append(event)
             yield event
-            number += 1
     yield Loaded(session, text, events)
 
 

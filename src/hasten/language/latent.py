@@ -48,6 +48,7 @@ class LatentExecutor(Executor):
         super().__init__(decoder.config, lambda name, shape: state[name].detach(), **options)
         numbers = first.cache_numbers
         self.bytes_per_token = self.config.num_layers * numbers * self.dtype.itemsize
+        self._stack = None  # all layers in one call: it knows keys and values of heads, and would write them here
         self._pairs = [x.self_attn.pairs.tolist() for x in decoder.model.layers]
         self._turned: dict[int, Any] = {}
 
@@ -86,6 +87,14 @@ class LatentExecutor(Executor):
             window=config.window(index),
             local=config.uses_local_rotary(index),
         )
+
+    def keep_cache_in(self, precision: str) -> None:
+        """Only ``auto``."""
+        if precision != "auto":
+            raise ConfigurationError(
+                f"latent attention keeps its cache as the activations are, not in {precision}; leave --kv-precision out"
+            )
+        self.kv_precision = precision
 
     def new_cache(self, num_blocks: int, block_size: int = 16) -> KVCache:
         """Blocks of (rotated part, latent); the values are the latent, in the same place where scores read it too."""

@@ -46,9 +46,11 @@ class LanguageModel:
         device: str = "cpu",
         precision: str = "auto",
         deterministic: bool = False,
+        kv_precision: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = name
+        self.kv_precision = kv_precision
         self.config = config
         self.folder = folder
         self.device = device
@@ -89,6 +91,12 @@ class LanguageModel:
     @cached_property
     def executor(self) -> Executor:
         """The runtime that serves: packed weights, one ragged forward."""
+        executor = self._new_executor()
+        if self.kv_precision != "auto":
+            executor.keep_cache_in(self.kv_precision)
+        return executor
+
+    def _new_executor(self) -> Executor:
         from hasten.language.executor import Executor
 
         options: dict[str, Any] = {
@@ -157,6 +165,7 @@ class LanguageModel:
             device=self.device,
             precision=precision,
             deterministic=self.deterministic,
+            kv_precision=self.kv_precision,
         )
 
 
@@ -176,15 +185,18 @@ def load(
     device: str = "cpu",
     dtype: str = "auto",
     deterministic: bool = False,
+    kv_precision: str = "auto",
     context: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Load a Hugging Face folder or an embedded model.
 
     ``dtype``: precision of the weights in the runtime (auto, fp32, bf16, int8, int4). ``deterministic``: the tokens of
-    a prompt do not depend on what else is in the batch. ``context``: tokens that a sequence may have, at most the
-    model's own (a model with LongRoPE uses its short factors throughout where the context is within the original one,
-    its long factors throughout where it is beyond). ``progress(done, total)`` is called as layers are packed.
+    a prompt do not depend on what else is in the batch. ``kv_precision``: of the KV cache, ``auto`` (that of the
+    activations) or ``int8`` (8 bits and a scale for each token and key head, on the CPU). ``context``: tokens that a
+    sequence may have, at most the model's own (a model with LongRoPE uses its short factors throughout where the
+    context is within the original one, its long factors throughout where it is beyond). ``progress(done, total)`` is
+    called as layers are packed.
 
     >>> load("pycode-4m").config.num_layers
     8
@@ -194,7 +206,8 @@ def load(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigurationError(f"device {device!r} was asked for, torch sees no CUDA device; use device='cpu'")
     if str(name) in PRESETS and str(name).startswith("random-"):
-        return random_model(PRESETS[str(name)], name=str(name), device=device, dtype=dtype, deterministic=deterministic)
+        given: dict[str, Any] = {"device": device, "dtype": dtype, "deterministic": deterministic}
+        return random_model(PRESETS[str(name)], name=str(name), kv_precision=kv_precision, **given)
     folder = model_folder(name)
     config = read_config(folder)
     if context is not None:
@@ -214,6 +227,7 @@ def load(
         device=device,
         precision=dtype,
         deterministic=deterministic,
+        kv_precision=kv_precision,
         progress=progress,
     )
 
@@ -226,6 +240,7 @@ def random_model(
     device: str = "cpu",
     dtype: str = "auto",
     deterministic: bool = False,
+    kv_precision: str = "auto",
     weights: torch.dtype = torch.bfloat16,
 ) -> LanguageModel:
     """A model of this shape with random weights: right for timing, useless for text."""
@@ -234,4 +249,7 @@ def random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = Decoder(config).to(weights).to(device).eval()
-    return LanguageModel(name, config, decoder=decoder, device=device, precision=dtype, deterministic=deterministic)
+    return LanguageModel(
+        name, config, decoder=decoder, device=device, precision=dtype, deterministic=deterministic,
+        kv_precision=kv_precision,
+    )  # fmt: skip

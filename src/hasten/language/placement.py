@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from hasten.language import kernels_cpu, lean
+from hasten.language import kernels_cpu, kernels_lean
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.bfloat import FAST, load, store
 
@@ -131,7 +131,7 @@ class PlacedStep:
         self.queries = batch.queries if self.placement.queries is None else self.placement.queries
         self.tile = tile
         self.shift = 0
-        self._plans: dict[int, lean.Plan] = {}
+        self._plans: dict[int, kernels_lean.Plan] = {}
         self._lows: dict[int, Any] = {}
 
     def place(
@@ -151,14 +151,14 @@ class PlacedStep:
         if plan is None:
             work = int(self.contexts.sum()) * query.shape[1] * query.shape[2] * 2
             grid = numba.get_num_threads() if work >= 1 << 18 else 1
-            plan = self._plans[kv_heads] = lean.Plan(self.contexts, kv_heads, self.tile, grid, whole=False)
+            plan = self._plans[kv_heads] = kernels_lean.Plan(self.contexts, kv_heads, self.tile, grid, whole=False)
         bound = 0 if window is None else window
         lows = self._lows.get(bound)
         if lows is None:
             lows = self._lows[bound] = (
                 np.maximum(self.positions - bound + 1, 0) if bound else np.zeros_like(self.positions)
             )
-        out, _ = lean.attend(
+        out, _ = kernels_lean.attend(
             query, self.starts, self.contexts, self.tables, self.placement.offsets, self.placement.line, lows, keys,
             values, scale=scale, softcap=softcap, plan=plan, shift=self.shift,
         )  # fmt: skip

@@ -168,6 +168,15 @@ class SizedExecutor(Executor):
             return self._read_dense(read, prefix, mlp.down_proj.in_features)
         return super()._read_feed_forward(read, prefix, index)
 
+    def keep_cache_in(self, precision: str) -> None:
+        """Only ``auto``."""
+        if precision != "auto":
+            raise ConfigurationError(
+                f"layers of different sizes keep their cache as the activations are, not in {precision}; leave "
+                "--kv-precision out"
+            )
+        self.kv_precision = precision
+
     def new_cache(self, num_blocks: int, block_size: int = 16) -> KVCache:
         """Zeroed blocks of the widest layer's keys and values."""
         config = self.config

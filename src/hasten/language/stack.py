@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.language import kernels_tiles
+from hasten.language import kernels_decode, kernels_tiles
 from hasten.language.config import DecoderConfig
 from hasten.language.kernels_cpu import PARALLEL_WORK, Step
 from hasten.language.kernels_paged import PAGE, paged_kernel_takes
@@ -19,7 +19,7 @@ __all__ = ["Stack"]
 _NO_QUERIES = np.empty((0, 0, 0, 0), np.uint16)
 _NO_ITEMS = np.empty((0, 6), np.int64)
 _NO_STATES = np.empty((0, 0, 0), np.float32)
-_NO_CODE = np.zeros(2, np.int64)
+_NO_CODE = np.zeros(3, np.int64)
 _NONE = np.zeros(0, np.int64)
 _PIECE = 32
 """Rows of a chunk from which it is a piece of a prompt, whose bits need not be those of rows that come one by one."""
@@ -41,9 +41,12 @@ class Stack:
         self._rest = rest
         self.deterministic = False
         """whether a row must have the same bits however long its chunk is"""
-        self._code: Any = None
+        self._code = self._near_code = _NO_CODE
         if kernels_tiles.takes(PAGE, config.head_dim):
-            self._code = np.array([kernels_tiles.code_of(n).address for n in ("attend", "merge")], np.int64)
+            lanes = kernels_decode.lanes_of(config.num_heads // config.num_kv_heads)
+            single = kernels_decode.code_for(lanes).address if lanes and config.head_dim % 64 == 0 else 0
+            self._near_code = np.array([0, 0, single], np.int64)
+            self._code = np.array([*(kernels_tiles.code_of(n).address for n in ("attend", "merge")), single], np.int64)
         self._widest = -(-max(int(matrices[..., 2].max()), int(head[2])) // 32) * 32
 
     @classmethod
@@ -96,14 +99,16 @@ class Stack:
         if step.queries is not None:
             kept = np.empty((config.num_layers, len(step.positions), heads, config.head_dim), np.uint16)
         work = step.work * heads * config.head_dim * 2
-        tables = step.tables
-        items, merges, states, code, cuts = _NO_ITEMS, _NO_ITEMS, _NO_STATES, _NO_CODE, _NONE
+        tables = np.ascontiguousarray(step.tables)
+        code = self._near_code if cache.precision != "int8" else _NO_CODE
+        items, merges, states, cuts = _NO_ITEMS, _NO_ITEMS, _NO_STATES, _NONE
         near, shares = step.places, _NONE
         rows = len(step.places) * kv_heads
         longest = int(np.diff(step.starts).max(initial=0)) if len(step.places) > len(step.starts) else 1
         pieces = 1 << 30 if self.deterministic else _PIECE
-        if self._code is not None and (longest > pieces or int(near.max(initial=0)) >= FAR):
-            code, tables = self._code, np.ascontiguousarray(tables)
+        fits = kernels_tiles.takes(PAGE, config.head_dim, cache.precision == "int8")
+        if self._code[0] and fits and (longest > pieces or int(near.max(initial=0)) >= FAR):
+            code = self._code if code[2] else np.array([*self._code[:2], 0], np.int64)
             begins, near = split(step.starts, step.places, pieces)
             parts = 1 if work < PARALLEL_WORK else threads()
             items, merges, cuts, count, most = plan(
@@ -119,8 +124,7 @@ class Stack:
         rest = self._rest
         run_stack(
             residual.numpy(), self._matrices, self._norms, self._head, rest["last_norm"].ctypes.data, rest["windows"],
-            rest["local"], *rest["tables"], cache.keys.view(torch.uint16).numpy(),
-            cache.values.view(torch.uint16).numpy(), step.chunk_of, step.positions, step.places, near, tables,
+            rest["local"], *rest["tables"], *cache.arrays, step.chunk_of, step.positions, step.places, near, tables,
             step.copies, kept, shares, cuts, code, items, merges, states, wanted.numpy(),
             heads, config.qk_norm, float(config.attention_scale), float(config.norm_eps), config.activation != "silu",
             self._widest, threads(), logits.numpy(),

@@ -37,6 +37,7 @@ from hasten.language.sampling import Sampled, Sampler, SamplingParams, SamplingS
 from hasten.language.speculate.proposal import Host, Proposal, Proposer
 from hasten.language.speculate.verify import accept_chain, accept_path
 from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_for
+from hasten.serve.guess_costs import SpeculationStats, StepTimes
 from hasten.serve.kvstore import PrefixStore
 from hasten.serve.layout import BatchLayout
 from hasten.serve.metrics import RequestRecord
@@ -45,7 +46,7 @@ from hasten.serve.policy.base import Policy
 from hasten.serve.policy.speculation import SpeculationPolicy
 from hasten.serve.request import FinishReason, Status
 from hasten.serve.request import Sequence as Request
-from hasten.serve.speculation import Candidate, SpeculationStats, Speculator, StepTimes
+from hasten.serve.speculation import Candidate, Speculator
 from hasten.serve.stats import EngineStats
 
 __all__ = ["Engine"]
@@ -828,6 +829,7 @@ class Engine:
             "kv_cache_usage_perc": self.pool.usage,
             "kv_cache_blocks": self.pool.num_blocks,
             "kv_cache_bytes_per_token": int(getattr(self.executor, "bytes_per_token", 0)),
+            "kv_cache_bits": {"int8": 8, "bf16": 16}.get(getattr(self.cache, "precision", ""), 32),
         }
         return snapshot
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import ConfigurationError, DataError
-from hasten.language.kvcodec import KeysValues, KVCodec, fingerprint, fit, read_cache, write_cache
+from hasten.language.kvcodec import KVCodec
 from hasten.language.kvfiles import write_bytes
+from hasten.language.kvfit import fit
+from hasten.language.kvvalues import KeysValues, fingerprint, read_cache, write_cache
 
 __all__ = ["PrefixStore", "sample_contexts"]
 
@@ -53,8 +55,13 @@ class PrefixStore:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "codec.npz"
+        codec = None
         if path.is_file():
-            codec = KVCodec.load(path, model.config)
+            try:
+                codec = KVCodec.load(path, model.config)
+            except DataError as error:  # damaged, or of an older version, whose pieces are refused one by one
+                _log.warning("KV store: %s; it is fitted again", error)
+        if codec is not None:
             if codec.model != fingerprint(model):
                 raise ConfigurationError(
                     f"{str(folder)!r} is the KV store of another model or precision ({codec.model[:8]}…, this is "
@@ -117,7 +124,7 @@ class PrefixStore:
                 if item is None:
                     return
                 name, kv = item
-                blob = self.codec.encode(kv, self.level)
+                blob = self.codec.encode(kv, self.level, threads=1)  # the engine needs the other cores
                 write_bytes(self.folder / f"{name}.hkv", blob)
                 self.written += 1
                 self.bytes_written += len(blob)

@@ -64,7 +64,7 @@ class Guesser:
     """What a simulated engine learns while it guesses."""
 
     def __init__(self, plan: SimulatedSpeculation) -> None:
-        from hasten.serve.speculation import Acceptance
+        from hasten.serve.guess_costs import Acceptance
 
         self.policy, self.draft = plan.policy, plan.draft
         self.acceptance = Acceptance(getattr(plan.policy, "window", 100))

@@ -78,6 +78,8 @@ class WorkerConfig:
     """whether equal prefixes share blocks"""
     seed: int | None = None
     """fixes what requests without a seed draw"""
+    kv_precision: str = "auto"
+    """of the KV cache: auto (as the activations) or int8"""
     speculate: str = "auto"
     """who guesses tokens: auto, off, draft or ngram"""
     draft: str | None = None
@@ -136,6 +138,8 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         tokenizer = None  # random weights: token ids only
     phase("load", str(model.name))
     executor = model.executor
+    if config.kv_precision != "auto":
+        executor.keep_cache_in(config.kv_precision)
     phase("pack", f"weights {getattr(executor, 'weight_bytes', 0) / 2**20:.1f} MiB, {executor.precision}")
     blocks = config.num_blocks
     if blocks is None and config.cache_bytes is not None:
@@ -188,7 +192,8 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
     if proposer is not None:
         phase("speculate", f"{proposer.name}, as far as it pays")
     cache_bytes = getattr(executor, "bytes_per_token", 0) * engine.pool.num_blocks * config.block_size
-    phase("cache", f"{engine.pool.num_blocks} blocks of {config.block_size} tokens, {cache_bytes / 2**20:.1f} MiB")
+    phase("cache", f"{engine.pool.num_blocks} blocks of {config.block_size} tokens, {cache_bytes / 2**20:.1f} MiB"
+          + (f" in {config.kv_precision}" if config.kv_precision != "auto" else ""))  # fmt: skip
     _warm_up(engine)
     phase("warm-up", "")
     info = {

@@ -11,8 +11,9 @@ from hasten.spiking.cochlea import Cochlea, CochleaStream, cochleagram
 from hasten.spiking.confidence import ConfidenceExit, Decision, Exit, Observation, Run, run_until
 from hasten.spiking.convert import QuantisedClip, quantised, to_spiking
 from hasten.spiking.cost import spiking_cost
-from hasten.spiking.delay import DelayConfig, DelayLinear, DelayNet, DelayStream, DiscreteDelayLinear
+from hasten.spiking.delay import DelayLinear, DiscreteDelayLinear
 from hasten.spiking.delay_line import DelayLine
+from hasten.spiking.delay_net import DelayConfig, DelayNet, DelayStream
 from hasten.spiking.events import SpikeLinear
 from hasten.spiking.exchange import from_nir, to_nir
 from hasten.spiking.exits import Confident, DynamicConfidence, synaptic_energy

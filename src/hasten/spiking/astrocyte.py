@@ -4,11 +4,12 @@ After "Astrocyte-Enabled Advancements in Spiking Neural Networks for Large Langu
 arXiv:2312.07625. The paper's equations were not found: these keep its parts and are our choice. With spikes k, v in
 {-1, 0, 1}
 
-    u_t = β u_{t-1} + W_in x_t,   s_t = S±(u_t)          fast neuron, one threshold, no reset
-    A_t = Λ A_{t-1} + k_t v_tᵀ                          slow astrocyte: a trace of synaptic co-activity, per head m × m
-    r_t = q_tᵀ A_t / (ε + Σ|q|),   out = W_o (s_t + σ(g_t) r_t)   its feedback onto transmission
+    u_t = β u_{t-1} + (1 - β) W_in x_t,   s_t = S±(û_t)   fast neuron, one threshold, no reset
+    A_t = Λ A_{t-1} + k_t v_tᵀ                           slow astrocyte: a trace of synaptic co-activity, per head m × m
+    r_t = q_tᵀ A_t,   out = W_o (s_t + σ(g_t) r̂_t)      its feedback onto transmission
 
-One token at a time costs O(H m²); whole sequences run in chunks, and both give the same result.
+where a hat divides by the root mean square over the neurons (of a head for r), so that rates and feedback keep their
+size however long the trace has grown. A token costs O(H m²); sequences run in chunks, with the same result.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from torch.nn import functional
 from hasten.errors import ConfigurationError, ModelLoadError
 from hasten.measure.files import write_text
 from hasten.nn.norm import RMSNorm
-from hasten.spiking.scan import leak_scan
-from hasten.spiking.surrogate import Surrogate, spike
+from hasten.spiking.scan import gate, leak_scan
+from hasten.spiking.surrogate import Surrogate
 
 __all__ = ["AstroConfig", "AstroLM", "AstroState", "AstroStream"]
 
 _CHUNK = 64
-_EPSILON = 1e-3
+_EPSILON = 1e-3  # of a mean square: below it nothing was said
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class AstroConfig:
     """hidden neurons of each block's second part"""
     astrocyte: bool = True
     """False: neurons only, the ablation"""
-    threshold: float = 0.5
-    """of every spike"""
+    threshold: float = 1.2
+    """of every spike, in root mean squares of its layer: 1.2 lets 23 % of normally distributed neurons fire"""
     surrogate: str = "arctan"
     """gradient of the spike"""
     shortest: float = 4.0
@@ -102,9 +103,9 @@ AstroState = tuple[BlockState, ...]
 """One state per block."""
 
 
-def signed(z: Tensor, threshold: float, surrogate: Surrogate) -> Tensor:
-    """Two populations, on and off: 1 above the threshold, -1 below its negative, else 0."""
-    return spike(z, threshold, surrogate) - spike(-z, threshold, surrogate)
+def scaled(z: Tensor) -> Tensor:
+    """``z`` (…, neurons) over its root mean square."""
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + _EPSILON)
 
 
 class Mixer(nn.Module):
@@ -114,11 +115,12 @@ class Mixer(nn.Module):
         super().__init__()
         c = self.config = config
         self.surrogate = Surrogate(c.surrogate)
-        self.drive = nn.Linear(c.width, c.width, bias=False)
+        self.inward = nn.Linear(c.width, (4 if c.astrocyte else 1) * c.width, bias=False)  # drive, query, value, gate
         self.out = nn.Linear(c.width, c.width, bias=False)
         self.leak = nn.Parameter(torch.linspace(-1.0, 3.0, c.width))
         if c.astrocyte:
-            self.query, self.key, self.value, self.gate = (nn.Linear(c.width, c.width, bias=False) for _ in range(4))
+            self.key = nn.Linear(c.width, c.width, bias=False)
+            self.opening = nn.Parameter(torch.full((c.width,), -1.5))  # an astrocyte that knows nothing yet is quiet
             self.shift = nn.Parameter(torch.linspace(0.0, 1.0, c.width))
             spread = torch.logspace(math.log10(c.shortest), math.log10(c.longest), c.width)
             self.tau = nn.Parameter(torch.log(torch.expm1(spread - 1.0)).reshape(c.heads, c.head_size))
@@ -131,24 +133,24 @@ class Mixer(nn.Module):
         """x (batch, time, width) goes on from ``state``."""
         c = self.config
         decay = torch.sigmoid(self.leak)
-        current = (1 - decay) * self.drive(x)
+        inward = self.inward(x).chunk(4 if c.astrocyte else 1, -1)
+        current = (1 - decay) * inward[0]
         potential, last = leak_scan(current.transpose(0, 1), state.potential, decay)
-        drive = signed(2.0 * potential.transpose(0, 1), c.threshold, self.surrogate)
+        drive = self._fires(potential.transpose(0, 1))
         trace = state.trace
-        self._heard(drive)
         if c.astrocyte:
             shifted = torch.cat([state.before.unsqueeze(1), x[:, :-1]], 1)
             key_input = x + self.shift * (shifted - x)
-            q = self._heads(self.query(x))
+            q = self._heads(inward[1])
             k = self._heads(self._fires(self.key(key_input)))
-            v = self._heads(self._fires(self.value(x)))
-            r, trace = recall(q, k, v, self.time_constants(), trace, chunk)
-            r = r / (_EPSILON + q.abs().sum(-1, keepdim=True))
-            drive = drive + torch.sigmoid(self.gate(x)) * r.transpose(1, 2).flatten(2)
+            v = self._heads(self._fires(inward[2]))
+            r, trace = recall(q.to(k.dtype), k, v, self.time_constants(), trace, chunk)
+            drive = drive + torch.sigmoid(inward[3] + self.opening) * scaled(r).transpose(1, 2).flatten(2)
         return self.out(drive), BlockState(last, x[:, -1], trace)
 
     def _fires(self, z: Tensor) -> Tensor:
-        spikes = signed(z, self.config.threshold, self.surrogate)
+        """On and off spikes of z (batch, time, width)."""
+        spikes = gate(z, self.config.threshold, self.surrogate, signed=True)
         self._heard(spikes)
         return spikes
 
@@ -191,7 +193,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, width)."""
-        result: Tensor = self.down(spike(self.up(x), self.config.threshold, self.surrogate))
+        result: Tensor = self.down(gate(self.up(x), self.config.threshold, self.surrogate))
         return result
 
 
@@ -251,7 +253,7 @@ class AstroLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, width) -> (…, vocab)."""
-        return functional.linear(hidden, self.embedding.weight)
+        return functional.linear(hidden, self.embedding.weight) / math.sqrt(self.config.width)
 
     def forward(self, tokens: Tensor, chunk: int = _CHUNK) -> Tensor:
         """tokens (batch, time) -> logits (batch, time, vocab)."""

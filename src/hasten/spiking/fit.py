@@ -20,9 +20,10 @@ from torch.nn import functional
 from hasten.errors import ConfigurationError
 from hasten.spiking.layers import constrain
 
-__all__ = ["Fitting", "accuracy", "fit"]
+__all__ = ["Fitting", "Loss", "accuracy", "cross_entropy", "fit"]
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Of a model on a batch of inputs and labels."""
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,19 @@ __all__ = [
     "RESETS",
     "adaptive_backward",
     "adaptive_forward",
+    "gate_backward",
+    "gate_forward",
     "leak_backward",
     "leak_forward",
     "spike_backward",
     "spike_forward",
-    "spike_only",
 ]
 
 RESETS = {"zero": 0, "subtract": 1, "late": 2}
 """codes of :data:`hasten.spiking.neuron.Reset`"""
 
 _BLOCK = 512  # neurons that run through the time together: their state fits the first-level cache
+_ROWS = 16  # rows that a thread takes at once where there is no time
 
 
 @njit(cache=True, inline="always")
@@ -75,7 +77,8 @@ def _slope(kind: int, width: float, x: Any, theta: Any, out: Any) -> None:
 def spike_forward(x: Any, start: Any, decay: Any, threshold: Any, reset: int, pre: Any, spikes: Any, last: Any) -> None:
     """x (time, neurons), start (neurons,) -> pre and spikes (time, neurons), last (neurons,): the state after.
 
-    decay and threshold: (1,) or (neurons,).
+    decay and threshold: (1,) or (neurons,). ``pre`` is None where no gradient will be asked for: the branch is decided
+    when numba compiles, so one source gives both kernels.
     """
     steps, neurons = x.shape
     for block in prange((neurons + _BLOCK - 1) // _BLOCK):
@@ -87,64 +90,86 @@ def spike_forward(x: Any, start: Any, decay: Any, threshold: Any, reset: int, pr
         zero, one = x.dtype.type(0.0), x.dtype.type(1.0)
         state[:] = start[a:b]
         for t in range(steps):
-            row, u, s = x[t, a:b], pre[t, a:b], spikes[t, a:b]
-            if reset == 0:
-                for i in range(b - a):
-                    value = leak[i] * state[i] + row[i]
-                    fired = value > theta[i]
-                    u[i] = value
-                    s[i] = one if fired else zero
-                    state[i] = zero if fired else value
-            elif reset == 1:
-                for i in range(b - a):
-                    value = leak[i] * state[i] + row[i]
-                    fired = value > theta[i]
-                    u[i] = value
-                    s[i] = one if fired else zero
-                    state[i] = value - theta[i] if fired else value
-            else:
-                for i in range(b - a):
-                    value = leak[i] * state[i] + row[i]
-                    value = value - theta[i] if state[i] > theta[i] else value
-                    u[i] = value
-                    s[i] = one if value > theta[i] else zero
-                    state[i] = value
-        last[a:b] = state
-
-
-@njit(cache=True, parallel=True, error_model="numpy")
-def spike_only(x: Any, start: Any, decay: Any, threshold: Any, reset: int, spikes: Any, last: Any) -> None:
-    """:func:`spike_forward` where no gradient will be asked for: the same spikes, no potentials kept."""
-    steps, neurons = x.shape
-    for block in prange((neurons + _BLOCK - 1) // _BLOCK):
-        a = block * _BLOCK
-        b = min(neurons, a + _BLOCK)
-        state, leak, theta = np.empty(b - a, x.dtype), np.empty(b - a, x.dtype), np.empty(b - a, x.dtype)
-        _spread(decay, a, leak)
-        _spread(threshold, a, theta)
-        zero, one = x.dtype.type(0.0), x.dtype.type(1.0)
-        state[:] = start[a:b]
-        for t in range(steps):
             row, s = x[t, a:b], spikes[t, a:b]
+            u = s if pre is None else pre[t, a:b]
             if reset == 0:
                 for i in range(b - a):
                     value = leak[i] * state[i] + row[i]
                     fired = value > theta[i]
+                    if pre is not None:
+                        u[i] = value
                     s[i] = one if fired else zero
                     state[i] = zero if fired else value
             elif reset == 1:
                 for i in range(b - a):
                     value = leak[i] * state[i] + row[i]
                     fired = value > theta[i]
+                    if pre is not None:
+                        u[i] = value
                     s[i] = one if fired else zero
                     state[i] = value - theta[i] if fired else value
             else:
                 for i in range(b - a):
                     value = leak[i] * state[i] + row[i]
                     value = value - theta[i] if state[i] > theta[i] else value
+                    if pre is not None:
+                        u[i] = value
                     s[i] = one if value > theta[i] else zero
                     state[i] = value
         last[a:b] = state
+
+
+@njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def gate_forward(x: Any, threshold: float, signed: bool, epsilon: float, scale: Any, out: Any) -> None:
+    """Spikes without a state of rows over their root mean square; x and out (rows, neurons), scale (rows,).
+
+    ``scale = 1 / sqrt(mean x² + epsilon)``; 1 where ``scale x`` is above the threshold, with ``signed`` also -1 below
+    its negative.
+    """
+    rows, count = x.shape
+    zero, one = x.dtype.type(0.0), x.dtype.type(1.0)
+    theta = x.dtype.type(threshold)
+    other = one if signed else zero
+    for r in prange(rows):
+        total = zero
+        for i in range(count):
+            total += x[r, i] * x[r, i]
+        by = one / np.sqrt(total / x.dtype.type(count) + x.dtype.type(epsilon))
+        scale[r] = by
+        for i in range(count):
+            value = by * x[r, i]
+            out[r, i] = (one if value > theta else zero) - (other if value < -theta else zero)
+
+
+@njit(cache=True, parallel=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def gate_backward(
+    gout: Any, x: Any, scale: Any, threshold: float, signed: bool, kind: int, width: float, gx: Any
+) -> None:
+    """Gradient of :func:`gate_forward`: the bumps of both thresholds, then through the root mean square."""
+    rows, count = x.shape
+    blocks = (rows + _ROWS - 1) // _ROWS
+    for block in prange(blocks):
+        theta, slope, other = np.empty(count, x.dtype), np.empty(count, x.dtype), np.empty(count, x.dtype)
+        value = np.empty(count, x.dtype)
+        theta[:] = x.dtype.type(threshold)
+        for r in range(block * _ROWS, min(rows, (block + 1) * _ROWS)):
+            by = scale[r]
+            for i in range(count):
+                value[i] = by * x[r, i]
+            _slope(kind, width, value, theta, slope)
+            if signed:
+                for i in range(count):
+                    gx[r, i] = -value[i]
+                _slope(kind, width, gx[r], theta, other)
+                for i in range(count):
+                    slope[i] += other[i]
+            along = x.dtype.type(0.0)
+            for i in range(count):
+                slope[i] *= gout[r, i]
+                along += slope[i] * value[i]
+            along /= x.dtype.type(count)
+            for i in range(count):
+                gx[r, i] = by * (slope[i] - along * value[i])
 
 
 @njit(cache=True, parallel=True, error_model="numpy")

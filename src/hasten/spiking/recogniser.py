@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.adapt.threshold import calibrate
 from hasten.errors import DataError
 from hasten.spiking.checkpoint import trained
 from hasten.spiking.cochlea import Cochlea, CochleaStream, cochleagram
-from hasten.spiking.delay import DelayConfig, DelayNet
+from hasten.spiking.delay_net import DelayConfig, DelayNet
 
 __all__ = ["Heard", "Recogniser", "RecogniserConfig", "load_recogniser", "train_recogniser"]
 
@@ -58,7 +58,7 @@ class Heard:
         return self.decided - self.begin
 
 
-_EAR, _CONFIG = Cochlea(), RecogniserConfig()
+_EAR, _CONFIG = Cochlea(background=20.0), RecogniserConfig()
 
 
 class Recogniser:
@@ -93,7 +93,8 @@ class Recogniser:
 
     def push(self, chunk: Tensor) -> list[Heard]:
         """Words that were decided within these samples."""
-        return [word for spikes in self._cochlea.push(chunk) if (word := self._advance(spikes)) is not None]
+        steps = (spikes for part in chunk.split(self.ear.hop) for spikes in self._cochlea.push(part))  # one at a time
+        return [word for spikes in steps if (word := self._advance(spikes)) is not None]
 
     def flush(self) -> list[Heard]:
         """The word that the end of the sound leaves undecided."""
@@ -122,6 +123,7 @@ class Recogniser:
         if self._quiet >= self.config.quiet_steps:
             word = word if word is not None or self._decided else self._decide()
             self._stream.reset()
+            self._cochlea.forget()
             self._begin, self._decided, self._recent, self._score = None, False, 0, None
             self._before = torch.zeros(0, self.ear.lines)
         return word
@@ -160,38 +162,47 @@ def _from_onset(spikes: Tensor, onset_spikes: int) -> tuple[Tensor, Tensor]:
     return (moved * (at < steps).unsqueeze(-1))[:, heard], heard.nonzero().flatten()
 
 
-def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Some spikes are lost, and some recordings end early."""
-    kept = torch.rand(x.shape, generator=generator) > 0.05
-    return x * kept
+def _thinned(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Some spikes are lost."""
+    return x * (torch.rand(x.shape, generator=generator) > 0.05)
+
+
+def _soon(net: nn.Module, spikes: Tensor, labels: Tensor) -> Tensor:
+    """Log-loss of the mean score since the word began, at every moment at which it may be decided: the answer is asked
+    for early, where the sum of all scores would be content with one in the silence behind the word."""
+    assert isinstance(net, DelayNet)
+    heard = torch.arange(1, len(spikes) + 1).reshape(-1, 1)
+    scores = net.potentials(spikes).softmax(-1)
+    right = scores.gather(-1, labels.reshape(1, -1, 1).expand(len(spikes), -1, 1))[..., 0].cumsum(0) / heard
+    return -right[_CONFIG.least_steps - 1 :].clamp_min(1e-6).log().mean()
 
 
 def train_recogniser(
-    audio: Tensor, offsets: Tensor, label: Tensor, take: Tensor, *, epochs: int, seed: int, checkpoint: Path,
-    progress: Callable[[str, float], None] = lambda stage, share: None,
+    audio: Tensor, offsets: Tensor, label: Tensor, take: Tensor, *, ear: dict[str, Any], epochs: int, seed: int,
+    checkpoint: Path, progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train on recordings (int16 samples at 8 kHz, joined): takes 0-4 are for tests, 5-8 choose the threshold."""
-    ear, steps = Cochlea(), 80
+    hearing, steps = Cochlea(**ear), 80
     torch.manual_seed(seed)
     indices = torch.arange(len(label))
     train, valid, test = indices[take >= 9], indices[(take >= 5) & (take < 9)], indices[take < 5]
-    x, y = _spikes(audio, offsets, train.tolist(), ear, steps), label[train].long()
-    net = DelayNet(DelayConfig(ear.lines, (64, 64), 10, 0.25, ear.step, tau=15e-3, dropout=0.3))
+    x, begun = _from_onset(_spikes(audio, offsets, train.tolist(), hearing, steps), _CONFIG.onset_spikes)
+    y = label[train[begun]].long()
+    net = DelayNet(DelayConfig(hearing.lines, (64, 64), 10, 0.25, hearing.step, tau=15e-3, dropout=0.3))
     net.fit(
-        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt", augment=_moved,
-        progress=lambda share: progress("training", share), bf16=True,
+        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt", augment=_thinned,
+        progress=lambda share: progress("training", share), bf16=True, loss=_soon,
     )  # fmt: skip
     final = net.discretise()
     with torch.inference_mode():
-        known = RecogniserConfig()
-        spoken, heard = _from_onset(_spikes(audio, offsets, valid.tolist(), ear, steps), known.onset_spikes)
+        spoken, heard = _from_onset(_spikes(audio, offsets, valid.tolist(), hearing, steps), _CONFIG.onset_spikes)
         scores = final.potentials(spoken).softmax(-1).cumsum(0)
         mean = scores / torch.arange(1, steps + 1).reshape(-1, 1, 1)
         right = mean.argmax(-1) == label[valid[heard]].long()
-        least = known.least_steps
+        least = _CONFIG.least_steps
         frontier = calibrate(mean.amax(-1)[least - 1 :].numpy(), right[least - 1 :].numpy())
         chosen = frontier.best(0.01)
-        held = final(_spikes(audio, offsets, test.tolist(), ear, steps)).argmax(-1) == label[test].long()
+        held = final(_spikes(audio, offsets, test.tolist(), hearing, steps)).argmax(-1) == label[test].long()
     return {
         "net": final.state_dict(), "config": {**asdict(net.config), "hidden": list(net.config.hidden)},
         "theta": min(1.0, chosen.threshold), "steps": chosen.mean_stages + least - 1,
@@ -213,10 +224,9 @@ def load_recogniser(
         raise DataError(
             f"{str(data)!r} holds no spoken digits ({error}); give the folder with speech/fsdd_8k.npz"
         ) from error
-    made = trained(
-        "spoken-digits", train_recogniser, {"epochs": epochs, "seed": seed}, tensors, folder=folder, **handed
-    )
+    settings = {"ear": asdict(_EAR), "epochs": epochs, "seed": seed}
+    made = trained("spoken-digits", train_recogniser, settings, tensors, folder=folder, **handed)
     net = DelayNet(DelayConfig(**{**made["config"], "hidden": tuple(made["config"]["hidden"])})).discretise()
     net.load_state_dict(made["net"])
     figures = {k: made[k] for k in ("accuracy", "theta", "steps")}
-    return Recogniser(net, Cochlea(), RecogniserConfig(theta=made["theta"])), figures
+    return Recogniser(net, _EAR, RecogniserConfig(theta=made["theta"])), figures

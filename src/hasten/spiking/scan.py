@@ -28,8 +28,12 @@ from hasten.spiking.neuron import (
     leak_step,
     lif_step,
 )
+from hasten.spiking.surrogate import Surrogate, spike
 
-__all__ = ["adaptive_scan", "alpha_scan", "fused", "leak_scan", "lif_scan", "loop", "synaptic_scan"]
+__all__ = ["adaptive_scan", "alpha_scan", "fused", "gate", "leak_scan", "lif_scan", "loop", "synaptic_scan"]
+
+GATE_EPSILON = 1e-3
+"""of a mean square: below it a layer is silent"""
 
 
 def fused(x: Tensor) -> bool:
@@ -132,12 +136,49 @@ def lif_scan(x: Tensor, state: Tensor | None, parameters: LIFParameters) -> tupl
     if not torch.is_grad_enabled():
         _threads()
         spikes, last = torch.empty_like(x), torch.empty_like(start)
-        kernels.spike_only(
+        kernels.spike_forward(
             _rows(x), _array(start).reshape(-1), _array(decay), _array(threshold), kernels.RESETS[parameters.reset],
-            _rows(spikes), last.numpy().reshape(-1),
+            None, _rows(spikes), last.numpy().reshape(-1),
         )  # fmt: skip
         return spikes, last
     return _LIF.apply(x, start, decay, threshold, parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: float, surrogate: Surrogate, signed: bool) -> Tensor:
+        _threads()
+        out, scale = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=x.dtype)
+        flat, into = (_array(v).reshape(-1, x.shape[-1]) for v in (x, out))
+        kernels.gate_forward(flat, threshold, signed, GATE_EPSILON, scale.numpy().reshape(-1), into)
+        ctx.save_for_backward(x, scale)
+        ctx.rule = (threshold, signed, surrogate.code, surrogate.width)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        _threads()
+        x, scale = ctx.saved_tensors
+        gx = torch.empty_like(x)
+        gout, flat, into = (_array(v).reshape(-1, x.shape[-1]) for v in (gradients[0], x, gx))
+        kernels.gate_backward(gout, flat, scale.numpy().reshape(-1), *ctx.rule, into)
+        return gx, None, None, None
+
+
+def gate(x: Tensor, threshold: float, surrogate: Surrogate, signed: bool = False) -> Tensor:
+    """Spikes without a state: x (…, neurons) over the root mean square of its neurons -> 1 above the threshold, else 0.
+
+    ``signed``: also -1 below the negative threshold, the spikes of a second population.
+
+    >>> gate(torch.tensor([-2.0, 0.1, 2.0]), 0.5, Surrogate(), signed=True).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    x = x.float() if _wide(x) else x
+    if fused(x):
+        return _Gate.apply(x.contiguous(), threshold, surrogate, signed)  # type: ignore[no-any-return, no-untyped-call]
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + GATE_EPSILON)
+    on = spike(x, threshold, surrogate)
+    return on - spike(-x, threshold, surrogate) if signed else on
 
 
 class _Leak(torch.autograd.Function):

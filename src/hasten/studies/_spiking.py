@@ -17,7 +17,8 @@ from hasten.spiking.astrocyte import AstroConfig, AstroLM
 from hasten.spiking.checkpoint import trained
 from hasten.spiking.cochlea import Cochlea, cochleagram
 from hasten.spiking.convert import quantised, to_spiking
-from hasten.spiking.delay import DelayConfig, DelayLinear, DelayNet, TapSchedule
+from hasten.spiking.delay import DelayLinear
+from hasten.spiking.delay_net import DelayConfig, DelayNet, TapSchedule
 from hasten.spiking.encode import event_frames
 from hasten.spiking.fit import Fitting, fit
 from hasten.spiking.layers import LIF
@@ -159,16 +160,16 @@ def shift_and_drop(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_delays(
-    x: Tensor, y: Tensor, *, config: dict[str, Any], epochs: int, seed: int, checkpoint: Path,
+    x: Tensor, y: Tensor, *, config: dict[str, Any], epochs: int, batch: int, seed: int, checkpoint: Path,
     told: Told = lambda stage: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One network with delays, with its discretised self."""
+    """One network with delays."""
     told(f"seed {seed}: delays {config['delays']}")
     torch.manual_seed(seed)
     net = DelayNet(DelayConfig(**{**config, "hidden": tuple(config["hidden"])}))
     fitted = net.fit(
-        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, seed=seed, checkpoint=checkpoint / "net.pt", bf16=True,
-        augment=shift_and_drop,
+        (x, y), None, epochs, rate=5e-3, delay_rate=0.2, batch=batch, seed=seed, checkpoint=checkpoint / "net.pt",
+        bf16=True, augment=shift_and_drop,
     )  # fmt: skip
     return {"net": net.state_dict(), "losses": fitted["losses"]}
 
@@ -199,14 +200,15 @@ class RecurrentNet(nn.Module):
 
 
 def train_recurrent(
-    x: Tensor, y: Tensor, *, hidden: int, epochs: int, seed: int, checkpoint: Path, told: Told = lambda stage: None
-) -> dict[str, Any]:
+    x: Tensor, y: Tensor, *, hidden: int, epochs: int, batch: int, seed: int, checkpoint: Path,
+    told: Told = lambda stage: None,
+) -> dict[str, Any]:  # fmt: skip
     """The recurrent rival, with the data, the loss and the number of epochs of the delays."""
     told(f"seed {seed}: recurrent")
     torch.manual_seed(seed)
     net = RecurrentNet(x.shape[-1], hidden, 10, 1 - 0.01 / 15e-3, math.exp(-0.01 / 0.1))
     losses = fit(
-        net, x, y, Fitting(epochs, 5e-3, 1e-5, seed=seed), dim=1, augment=shift_and_drop,
+        net, x, y, Fitting(epochs, 5e-3, 1e-5, batch=batch, seed=seed), dim=1, augment=shift_and_drop,
         checkpoint=checkpoint / "net.pt",
     )  # fmt: skip
     return {"net": net.state_dict(), "losses": losses}
@@ -283,13 +285,15 @@ def train_text(
     told(f"text: {kind}")
     torch.manual_seed(seed)
     model = language_model(kind, sizes)
-    clock, generator, steps, batch, rate = ProcessorClock(), torch.Generator().manual_seed(seed), 0, 16, 3e-3
+    clock, generator, steps, batch, rate = ProcessorClock(), torch.Generator().manual_seed(seed), 0, 4, 2e-3
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     began = clock.now()
     while (done := (clock.now() - began) / seconds) < 1:
         at = torch.randint(0, len(data) - context - 1, (batch,), generator=generator)
         rows = torch.stack([data[i : i + context + 1] for i in at.tolist()]).long()
-        loss = nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(rows[:, :-1]).float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -434,5 +438,6 @@ def points(values: list[float]) -> str:
     if len(values) < 2:
         return f"{100 * mean:.2f} (one seed)"
     spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.5)
+    table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # 97.5 % of 1, 2, … degrees
+    quantile = table[min(len(values) - 2, len(table) - 1)]
     return f"{100 * mean:.2f} ± {100 * quantile * spread / len(values) ** 0.5:.2f}"

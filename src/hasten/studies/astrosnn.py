@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def memory(scale: Scale) -> Iterator[Check]:
     sizes: dict[str, int] = {}
     for index, kind in enumerate(("astro", "neurons")):
         span = (0.05 + 0.2 * index, 0.25 + 0.2 * index)
-        settings = {"kind": kind, "sizes": RECALL, "steps": 500, "seed": scale.seed}
+        settings = {"kind": kind, "sizes": asdict(AstroConfig(**RECALL)), "steps": 500, "seed": scale.seed}  # type: ignore[arg-type]
         made = part.cached(scale, "astro-recall", part.train_recall, settings, {}, span)
         model = part.language_model(kind, RECALL)
         assert isinstance(model, AstroLM)

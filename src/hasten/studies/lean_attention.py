@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def run(scale: Scale) -> Iterator[Check]:
     yield from balance(scale)
     scale.progress("time on the CPU", 0.4)
     yield from cpu_time(scale)
+    yield from peers(scale)
     yield from gpu_time()
     scale.progress("done", 1.0)
 
@@ -35,7 +37,8 @@ def exactness(scale: Scale) -> Iterator[Check]:
     import torch
 
     from hasten.language.attention import decode
-    from hasten.language.lean import State, partial
+    from hasten.language.lean import State
+    from hasten.language.lean import partial as partial_attention
 
     rng = np.random.default_rng(scale.seed)
     torch.manual_seed(scale.seed)
@@ -44,7 +47,7 @@ def exactness(scale: Scale) -> Iterator[Check]:
         time = int(rng.integers(1, 64))
         q, k, v = torch.randn(2, 8).double() * 30, torch.randn(2, time, 8).double(), torch.randn(2, time, 8).double()
         edges = [0, *np.sort(rng.integers(0, time + 1, 4)).tolist(), time]
-        parts = [partial(q, k[:, a:b], v[:, a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [partial_attention(q, k[:, a:b], v[:, a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         while len(parts) > 1:
             i, j = sorted(rng.choice(len(parts), 2, replace=False).tolist())
             right: State = parts.pop(j)
@@ -135,6 +138,51 @@ def cpu_time(scale: Scale) -> Iterator[Check]:
             f"{threads} threads, float32; lean {times['lean'] * 1e3:.2f} ms ({rate / 1e9:.0f} GB/s), equal "
             f"pieces of each {times['flash-decoding'] * 1e3:.2f} ms",
         )
+
+
+def peers(scale: Scale) -> Iterator[Check]:
+    """One sequence on the CPU, float32, eight query heads over two key heads of 64: what torch has beside ours."""
+    import shutil
+
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from hasten.language.attention import decode
+
+    flexible, why = None, "no C++ compiler here, which torch.compile needs"
+    if shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flexible = torch.compile(flex_attention)
+    generator = torch.Generator().manual_seed(scale.seed)
+    shown: list[str] = []
+    ratios: dict[str, list[float]] = {"SDPA": [], "FlexAttention": []}
+    for context in scale.choose(quick=(1024, 8192), full=(1024, 4096, 16_384, 65_536, 262_144, 524_288)):
+        query = torch.randn(1, 8, 64, generator=generator)
+        keys, values = (torch.randn(1, 2, context, 64, generator=generator) for _ in range(2))
+        runs: dict[str, Any] = {
+            "lean": partial(decode, query, keys, values, [context]),
+            "SDPA": partial(scaled_dot_product_attention, query[:, :, None], keys, values, enable_gqa=True),
+        }
+        if flexible is not None:
+            runs["FlexAttention"] = partial(flexible, query[:, :, None], keys, values, enable_gqa=True)
+            try:
+                same = torch.allclose(runs["FlexAttention"]()[:, :, 0], runs["lean"](), atol=1e-4)
+                assert same, "the answers differ"
+            except Exception as error:  # a compiler can fail in many ways
+                flexible, why = None, f"FlexAttention does not compile here ({type(error).__name__})"
+                runs.pop("FlexAttention")
+        times = medians(runs, scale.choose(quick=5, full=15))
+        shown.append(f"{context}: " + ", ".join(f"{n} {t * 1e3:.2f} ms" for n, t in times.items()))
+        for name in ratios:
+            if name in times:
+                ratios[name].append(times[name] / times["lean"])
+    for name, found in ratios.items():
+        title = f"time of {name} over lean's, one sequence on the CPU, geometric mean of the contexts"
+        if found:
+            yield Check.at_least(title, float(np.exp(np.mean(np.log(found)))), 1.0, "×", "; ".join(shown))
+        else:
+            yield Check.unavailable(title, why, "×")
 
 
 def gpu_time() -> Iterator[Check]:

@@ -201,7 +201,9 @@ def _train(model: Any, lists: list[list[int]], steps: int, rate: float, seed: in
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
         batch = torch.tensor([full[i] for i in rng.integers(0, len(full), 8)])
-        loss = torch.nn.functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16):  # weights and updates stay float32
+            logits = model(batch)[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch[:, 1:].flatten())
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)

@@ -40,6 +40,8 @@ def replay_in_engine(
     from hasten.tune.serving import values_of
 
     clock = clock or MonotonicClock()
+    if hasattr(model.executor, "keep_cache_in"):
+        model.executor.keep_cache_in(point.get("kv_precision", getattr(model, "kv_precision", "auto")))
     knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
     policy = make(point.get("policy", "stall-free"), **knobs)
     proposer = choose(model, point.get("speculate", "off"), draft)
@@ -70,6 +72,8 @@ def search(
     rate: float = 2.0,
     requests: int = 60,
     precisions: Sequence[str] = ("bf16", "int8"),
+    kv_precisions: Sequence[str] = ("auto", "int8"),
+    kv_quality: float = 0.01,
     speculate: Sequence[str] = ("off", "ngram", "auto"),
     draft: str | None = None,
     confirm: int = 3,
@@ -84,7 +88,8 @@ def search(
     """Tune the server of the language model ``name`` for ``slo`` at ``rate`` requests per second.
 
     ``workload`` is a built-in sample or the file of a trace, scaled to the model's context; ``model`` hands in a loaded
-    one. ``speculate``: who may guess, in the words of ``hasten serve --speculate``; those that the model cannot do are
+    one. ``kv_precisions``: of the KV cache, as far as they raise the perplexity by at most ``kv_quality``.
+    ``speculate``: who may guess, in the words of ``hasten serve --speculate``; those that the model cannot do are
     left out. The untuned setting is prefill-first in the first precision, without guesses.
     """
     from hasten.language import load as load_model
@@ -105,6 +110,8 @@ def search(
         offered.scaled(max_prompt=context * 5 // 8, max_output=context // 4),
         baseline={"policy": "prefill-first", "precision": precisions[0], "max_num_seqs": 64},
         precisions=precisions,
+        kv_precisions=kv_precisions,
+        kv_quality=kv_quality,
         speculate=words_for(base, speculate, draft),
         draft=draft,
         confirm=confirm,
@@ -133,6 +140,8 @@ def tune_server(
     *,
     baseline: Point,
     precisions: Sequence[str],
+    kv_precisions: Sequence[str] = ("auto",),
+    kv_quality: float = 0.01,
     speculate: Sequence[str] = ("off",),
     guesses: Sequence[int] = (0, 4),
     draft: str | None = None,
@@ -148,7 +157,7 @@ def tune_server(
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> ServingResult:
-    """Search policy knobs, precisions and who guesses tokens for ``slo`` under the load ``offered``.
+    """Search policy knobs, precisions of weights and cache, and who guesses, for ``slo`` under the load ``offered``.
 
     ``speculate``: words of ``--speculate``; ``guesses``: numbers of guesses, 0 leaves them to goodput. ``costs`` are
     iteration costs that are known already; the others are calibrated. ``overhead`` in seconds is added to every
@@ -156,6 +165,7 @@ def tune_server(
     """
     from hasten.serve.cost import IterationCost as Cost
     from hasten.tune.guessing import measure_guessing, prompts_for
+    from hasten.tune.kv_precision import runtime_of, within
     from hasten.tune.serving import simulated, tune_serving
     from hasten.tune.space import Knob, Space, serving_space
 
@@ -167,12 +177,22 @@ def tune_server(
     if blocks is None:
         context = int(model.config.max_position_embeddings)
         blocks = max(2 * context // 16, min(4096, 2**29 // max(1, model.executor.bytes_per_token * 16)))
-    models, known = {}, dict(costs or {})
+    models, known, room = {}, dict(costs or {}), {}
+    kept = within(model, kv_precisions, kv_quality, seed=seed)
     for index, precision in enumerate(precisions):
-        told(f"calibrating {precision}", 0.3 * index / len(precisions))
         models[precision] = model if precision == model.executor.precision else model.with_precision(precision)
-        if precision not in known:
-            known[precision] = Cost.calibrate(models[precision], clock, time_limit=calibration_time, progress=False)
+        executor = models[precision].executor
+        usual = executor.bytes_per_token
+        for part, kv in enumerate(kept):
+            runtime = runtime_of({"precision": precision, "kv_precision": kv})
+            told(f"calibrating {runtime}", 0.3 * (index + part / len(kept)) / len(precisions))
+            if kv != "auto":
+                executor.keep_cache_in(kv)
+            room[runtime] = blocks * usual // executor.bytes_per_token
+            if runtime not in known:
+                known[runtime] = Cost.calibrate(models[precision], clock, time_limit=calibration_time, progress=False)
+        if len(kept) > 1:
+            executor.keep_cache_in("auto")
 
     words = [word for word in speculate if word != "off"]
     guessing = {}
@@ -183,21 +203,25 @@ def tune_server(
 
     def measure(point: Point) -> dict[str, float]:
         one = models[point["precision"]]
-        return replay_in_engine(one, point, offered, slo, blocks=blocks, clock=clock, seed=seed, draft=draft)
+        return replay_in_engine(
+            one, point, offered, slo, blocks=room[runtime_of(point)], clock=clock, seed=seed, draft=draft
+        )
 
     space = serving_space(precisions=precisions)
+    if len(kept) > 1:
+        space = Space((*space.knobs, Knob("kv_precision", tuple(kept))), space.allowed)
     if words:
         counts = Knob("guesses", tuple(guesses), lambda point: point["speculate"] != "off")
         space = Space((*space.knobs, Knob("speculate", tuple(speculate)), counts), space.allowed)
     return tune_serving(
         space,
-        simulated(known, offered, slo, blocks=blocks, overhead=overhead, guessing=guessing),
+        simulated(known, offered, slo, blocks=room, overhead=overhead, guessing=guessing),
         measure,
         slo,
         baseline=baseline,
         confirm=confirm,
         storage=storage,
-        facts=facts,
+        facts={**(facts or {}), **({"kv_loss": kept} if len(kept) > 1 else {})} or None,
         time_limit=time_limit,
         clock=clock,
         progress=lambda stage, share: told(stage, 0.4 + 0.6 * share),

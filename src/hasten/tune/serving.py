@@ -49,23 +49,27 @@ def simulated(
     load: Workload,
     slo: SLO,
     *,
-    blocks: int,
+    blocks: int | Mapping[str, int],
     block_size: int = 16,
     overhead: float = 0.0,
     guessing: Mapping[tuple[str, str], Guessing] | None = None,
 ) -> Callable[[Point], dict[str, float]]:
-    """A prediction for points with the knobs policy, precision, token_budget, max_num_seqs, speculate and guesses.
+    """A prediction for points with the knobs policy, precision, kv_precision, token_budget, max_num_seqs, speculate
+    and guesses.
 
-    ``costs``: precision -> its fitted cost. The same policy object that would run in the engine runs here.
+    ``costs``: what :func:`~hasten.tune.kv_precision.runtime_of` says of a point -> its fitted cost; ``blocks`` likewise
+    where caches of equal memory have not equally many. The same policy object that would run in the engine runs here.
     ``guessing``: (precision, word of ``--speculate``) -> what was measured of it.
     """
     from hasten.serve.policy import make
     from hasten.serve.simulate import Simulator
+    from hasten.tune.kv_precision import runtime_of
 
     def predict(point: Point) -> dict[str, float]:
         precision = point.get("precision", next(iter(costs)))
-        if precision not in costs:
-            raise ConfigurationError(f"no cost was fitted for {precision!r}; known are {', '.join(costs)}")
+        runtime = runtime_of({**point, "precision": precision})
+        if runtime not in costs:
+            raise ConfigurationError(f"no cost was fitted for {runtime!r}; known are {', '.join(costs)}")
         knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
         policy = make(point.get("policy", "stall-free"), **knobs)
         word, plan = point.get("speculate", "off"), None
@@ -73,9 +77,10 @@ def simulated(
             found = (guessing or {}).get((precision, word))
             if found is None:
                 raise ConfigurationError(f"nothing was measured of {word!r} with {precision}; measure it first")
-            plan = found.simulated(point, costs[precision])
+            plan = found.simulated(point, costs[runtime])
+        room = blocks if isinstance(blocks, int) else blocks[runtime]
         simulator = Simulator(
-            costs[precision], policy, blocks=blocks, block_size=block_size, slo=slo, overhead=overhead, speculation=plan
+            costs[runtime], policy, blocks=room, block_size=block_size, slo=slo, overhead=overhead, speculation=plan
         )
         return values_of(simulator.run(load).metrics)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 import hasten.retrieve as hr
 from hasten.errors import CorruptPostingError, DataError, InvalidRequestError
 from hasten.retrieve.index import wal
-from hasten.retrieve.index.care import restore
 from hasten.retrieve.index.filter import bitmap, evaluate
 from hasten.retrieve.index.format import read_list
 from hasten.retrieve.index.io import PAGE, merge_reads
+from hasten.retrieve.index.snapshot import restore
 
 
 def damage(folder, generation, lists):
@@ -54,6 +55,43 @@ def test_damage_is_found_and_undone(index, collection, twin):
     assert report["lost"] == 0
     assert index.verify().good
     twin.same(index.search(queries, 10, lists=None), rows, queries, "l2", 10)
+
+
+def test_a_file_that_is_cut_while_it_is_open_kills_nobody(tmp_path, twin):
+    rows, queries = hr.clustered(1500, 8, 10)
+    with hr.Spann.build(rows, tmp_path / "index") as index:
+        path = tmp_path / "index" / index._generation.manifest.segments[0]
+        os.truncate(path, path.stat().st_size // 2)
+        for call in (
+            lambda: index.search(queries, 5),
+            lambda: index.search(queries[:1], 5, where=[1, 2]),
+            lambda: index.range_search(queries, 1.0),
+            lambda: index.get([0]),
+            index.compact,
+        ):
+            with pytest.raises(CorruptPostingError, match="was cut from"):
+                call()
+        found = index.verify()
+        assert 0 < len(found.corrupt) < found.lists
+        report = index.repair(rows)
+        assert report["corrupt"] == len(found.corrupt)
+        assert index.verify().good
+        twin.same(index.search(queries, 5, lists=None), rows, queries, "l2", 5)
+        path = tmp_path / "index" / index._generation.manifest.roles["location"]
+        os.truncate(path, 8)
+        with pytest.raises(CorruptPostingError, match="location-2.bin' was cut"):
+            index.verify()
+
+
+@pytest.mark.parametrize("io", ["pread", "direct"])
+def test_a_file_that_is_cut_is_said_by_readers(io, tmp_path):
+    rows, queries = hr.clustered(1500, 8, 10)
+    hr.Spann.build(rows, tmp_path / "index").close()
+    with hr.Spann.open(tmp_path / "index", io=io, read_only=True) as index:
+        path = tmp_path / "index" / index._generation.manifest.segments[0]
+        os.truncate(path, 4096)
+        with pytest.raises(DataError, match="bytes"):
+            index.search(queries, 5, lists=32)
 
 
 def test_without_vectors_lost_rows_are_counted_and_gone(tmp_path, twin):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 import hasten.retrieve as hr
 from hasten.retrieve.index.assign import assign_rows, cut_lists
 from hasten.retrieve.index.format import seed_arrays
-from hasten.retrieve.index.graph import walk_many
 from hasten.retrieve.index.heads import make_seeds
 from hasten.retrieve.index.links import link_heads, prune
 from hasten.retrieve.index.metric import factors, mapped, prepare
+from hasten.retrieve.index.walk import marks
 
 METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 
@@ -38,104 +38,6 @@ def linked(heads, metric=0, degree=16, threads=1, alpha=1.0):
 
 def squares(left, right):
     return ((left[:, None].astype(np.float64) - right[None]) ** 2).sum(-1)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_the_walk_finds_the_nearest_heads(metric):
-    heads, queries = hr.clustered(2500, 10, 100)
-    code = METRICS[metric]
-    extra, graph, seeds, largest = linked(heads, code)
-    prepared, consts, augs = prepare(queries, code, largest)
-    pool_d, pool_i = np.empty((100, 64), np.float32), np.empty((100, 64), np.int32)
-    sizes, checks = np.zeros(100, np.int64), np.zeros(100, np.int64)
-    walk_many(
-        prepared,
-        consts,
-        augs,
-        heads,
-        extra,
-        graph,
-        seeds,
-        code,
-        64,
-        1 << 30,
-        np.zeros(2500, np.uint16),
-        np.zeros(1, np.int64),
-        pool_d,
-        pool_i,
-        sizes,
-        checks,
-    )
-    rows = mapped(heads, code, largest)
-    asked = prepared[:, : rows.shape[1]].copy()
-    if code == 2:
-        asked[:, -1] = 0
-    true = squares(asked, rows)
-    np.testing.assert_allclose(pool_d, np.take_along_axis(true, pool_i, 1), rtol=1e-3, atol=1e-3)
-    assert (np.diff(pool_d, axis=1) >= 0).all()
-    nearest = np.argsort(true, axis=1)[:, :10]
-    found = np.mean([len(set(a) & set(b[:10].tolist())) / 10 for a, b in zip(nearest.tolist(), pool_i, strict=True)])
-    assert found > 0.97
-    assert checks.max() < 2500
-    assert all(len(set(row.tolist())) == 64 for row in pool_i)
-
-
-def test_max_check_bounds_the_walk():
-    heads, queries = hr.clustered(2000, 10, 20)
-    extra, graph, seeds, _ = linked(heads)
-    checks = np.zeros(20, np.int64)
-    prepared, consts, augs = prepare(queries, 0, 0.0)
-    walk_many(
-        prepared,
-        consts,
-        augs,
-        heads,
-        extra,
-        graph,
-        seeds,
-        0,
-        64,
-        150,
-        np.zeros(2000, np.uint16),
-        np.zeros(1, np.int64),
-        np.empty((20, 64), np.float32),
-        np.empty((20, 64), np.int32),
-        np.zeros(20, np.int64),
-        checks,
-    )
-    assert checks.max() <= 150 + graph.shape[1]
-
-
-def test_marks_survive_their_wrap():
-    heads, queries = hr.clustered(300, 6, 1)
-    extra, graph, seeds, _ = linked(heads)
-    prepared, consts, augs = prepare(queries, 0, 0.0)
-    stamps, epoch = np.zeros(300, np.uint16), np.zeros(1, np.int64)
-    answers = []
-    for start in (0, 65_533, 65_534):
-        epoch[0] = start
-        out = np.empty((1, 16), np.int32)
-        for _ in range(3):
-            walk_many(
-                prepared,
-                consts,
-                augs,
-                heads,
-                extra,
-                graph,
-                seeds,
-                0,
-                16,
-                1 << 30,
-                stamps,
-                epoch,
-                np.empty((1, 16), np.float32),
-                out,
-                np.zeros(1, np.int64),
-                np.zeros(1, np.int64),
-            )
-            answers.append(out.copy())
-    assert all(np.array_equal(a, answers[0]) for a in answers)
 
 
 def test_the_graph_does_not_depend_on_the_number_of_threads():
@@ -197,8 +99,7 @@ def test_closure_in_words(metric, rule):
     usable[::7] = 0
     state = (heads, extra, np.full((120, 8), -1, np.int32), seeds)
     knobs = (64, 96, (1 + 0.8) ** 2, 1.1**2, rule, 4)
-    marks = (np.zeros(120, np.uint16), np.zeros(1, np.int64))
-    found, distance, sizes = assign_rows(queries, consts, augs, state, code, usable, knobs, True, marks)
+    found, distance, sizes = assign_rows(queries, consts, augs, state, code, usable, knobs, True, marks(120, 8))
     left, right = mapped(others, code, largest).astype(np.float64), mapped(heads, code, largest).astype(np.float64)
     true, between = np.sqrt(squares(left, right)), np.sqrt(squares(right, right))
     agree = 0

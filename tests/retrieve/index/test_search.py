@@ -116,10 +116,29 @@ def test_threads_and_batches_agree(index, collection):
 def test_heads_may_stay_in_the_map(built, collection):
     with hr.Spann.open(built, read_only=True) as copied:
         wanted = copied.search(collection[1], 10).ids
-    with hr.Spann.open(built, read_only=True, memory="1KiB") as mapped:
-        assert not mapped._view.generation.heads.flags.owndata
-        assert copied._view.generation.heads.flags.owndata
+        g = copied._generation
+        least = 16 * len(g.counts) + sum(a.nbytes for a in g.groups) + sum(a.nbytes for a in g.seeds[:3:2])
+        assert copied.memory()["heads"] == g.heads.nbytes
+    with hr.Spann.open(built, read_only=True, memory=least) as mapped:
+        told = mapped.memory()
+        assert told["heads"] == told["graph"] == told["guide"] == 0
+        assert told["total"] <= least
         np.testing.assert_array_equal(mapped.search(collection[1], 10).ids, wanted)
+    with pytest.raises(ConfigurationError, match="takes at least"):
+        hr.Spann.open(built, read_only=True, memory=least - 1)
+
+
+def test_what_is_held_is_within_the_memory(built, collection):
+    with hr.Spann.open(built, read_only=True) as copied:
+        wanted, whole = copied.search(collection[1], 10).ids, copied.memory()["total"]
+    held = []
+    for share in (0.5, 0.7, 0.9, 1.0):
+        with hr.Spann.open(built, read_only=True, memory=share * whole) as index:
+            held.append(index.memory()["total"])
+            assert held[-1] <= share * whole
+            np.testing.assert_array_equal(index.search(collection[1], 10).ids, wanted)
+    assert held == sorted(held)
+    assert held[-1] == whole
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])

@@ -24,7 +24,7 @@ def _centre(query, head, out):
 @numba.njit
 def _sift(block, query, steps, base, slope, limit):
     kind = numba.float32
-    return sift(address_of(block), address_of(query), steps, kind(base), kind(slope), kind(limit))
+    return sift(address_of(block), address_of(query), steps, kind(base), kind(slope), kind(limit), address_of(block))
 
 
 @settings(max_examples=40, deadline=None)
@@ -78,7 +78,7 @@ def test_without_the_instructions_the_sums_are_the_same(monkeypatch):
     @numba.njit
     def both(query, rows, width, block, coded):
         kind = numba.float32
-        mask = sift(address_of(block), address_of(coded), 3, kind(0), kind(-1), kind(100))
+        mask = sift(address_of(block), address_of(coded), 3, kind(0), kind(-1), kind(100), address_of(block))
         return bytes1(address_of(query), address_of(rows), width), mask
 
     rng = np.random.default_rng(1)

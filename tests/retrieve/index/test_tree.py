@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hasten.retrieve as hr
+from hasten.retrieve.index.cluster import cluster, workspace
 from hasten.retrieve.index.heads import make_seeds, select_heads, threshold_heads
-from hasten.retrieve.index.tree import best_factor, cluster, split_rows, workspace
+from hasten.retrieve.index.tree import best_factor, split_rows
 
 
 def check(tree, n, leaf):

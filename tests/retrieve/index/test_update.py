@@ -221,7 +221,7 @@ def test_searches_go_on_while_rows_come_and_go(index, collection):
 
 
 def test_changes_during_a_compaction_are_kept(index, collection, monkeypatch):
-    from hasten.retrieve.index import spann as module
+    from hasten.retrieve.index import changes as module
 
     real = module.compact_generation
 
@@ -256,7 +256,7 @@ def test_compaction_in_the_background(built, tmp_path, collection):
 
 
 def test_what_fails_in_the_background_is_raised(index, monkeypatch):
-    from hasten.retrieve.index import spann as module
+    from hasten.retrieve.index import changes as module
 
     def broken(*arguments, **named):
         raise DataError("the disk is full")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigurationError
+from hasten.language.pages import widened
 from hasten.language.ragged import RaggedBatch
 
 __all__ = ["PAGE", "RetrievalView", "draft_batch", "slots_for"]
@@ -98,7 +99,7 @@ class RetrievalView:
             pages = cache.keys[:, where[first : -(-whole * chunk // size)]]  # (layers, pages, kv_heads, size, width)
             line = pages.transpose(1, 2).flatten(2, 3)[:, :, known * chunk - first * size :]
             line = line[:, :, : (whole - known) * chunk]
-            new = line.float().unflatten(2, (whole - known, chunk)).mean(3)
+            new = widened(line).unflatten(2, (whole - known, chunk)).mean(3)
             self._means = new if self._means is None else torch.cat([self._means, new], 2)
         return self._means[:, :, :whole]
 

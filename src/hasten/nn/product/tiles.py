@@ -38,6 +38,7 @@ __all__ = [
     "multiply",
     "multiply_bytes",
     "open_tiles",
+    "opener",
     "panels",
     "room_for",
     "run_assembly",
@@ -76,9 +77,10 @@ def run_assembly(builder: Any, text: str, *operands: Any) -> None:
     builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(operands))
 
 
-def _configure(builder: Any) -> None:
-    """Eight tiles of 16 lines of 64 bytes."""
-    words = [1, 0, 0, 0, *[0x400040] * 4, 0, 0, 0, 0, 0x10101010, 0x10101010, 0, 0]
+def _configure(builder: Any, narrow: int = LINE) -> None:
+    """Eight tiles of 16 lines of 64 bytes, the first five of them ``narrow`` bytes."""
+    first, whole = narrow | narrow << 16, LINE | LINE << 16
+    words = [1, 0, 0, 0, first, first, narrow | LINE << 16, whole, 0, 0, 0, 0, 0x10101010, 0x10101010, 0, 0]
     place = cgutils.alloca_once(builder, avx.INTS)
     place.align = LINE
     builder.store(ir.Constant(avx.INTS, words), place).align = LINE
@@ -177,15 +179,22 @@ def _generator(dot: str, fresh: bool) -> Any:
     return generate
 
 
-@intrinsic
-def open_tiles(typing: Any) -> Any:
-    """Give this thread's tiles their shape, until :func:`close_tiles`."""
+def opener(narrow: int = LINE) -> Any:
+    """A kernel's first call: it gives this thread's tiles their shape, until :func:`close_tiles`; the first five are
+    ``narrow`` bytes wide."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _configure(builder)
-        return context.get_dummy_value()
+    @intrinsic
+    def open_them(typing: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _configure(builder, narrow)
+            return context.get_dummy_value()
 
-    return types.void(), generate
+        return types.void(), generate
+
+    return open_them
+
+
+open_tiles = opener()
 
 
 @intrinsic

@@ -13,9 +13,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.retrieve.index.graph import head_distance, map_head, walk_many
+from hasten.retrieve.index.graph import head_distance, map_head
 from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.simd import address_of, squared1
+from hasten.retrieve.index.walk import walk_many
 
 __all__ = ["accept", "assign_rows", "cut_lists", "thin_copies"]
 
@@ -102,14 +103,14 @@ def assign_rows(
     usable: Any,
     knobs: tuple[Any, ...],
     linear: bool,
-    marks: tuple[Any, Any],
+    state_of_walks: Any,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     """Lists of a block of rows: (heads, squared distances, how many of them count), (rows, replicas) and (rows,).
 
     ``queries`` (rows, lanes) float32 are the rows in the form that the distance takes, ``consts`` and ``augs``
     (rows,) belong to it; ``state`` is (heads, factors, graph, seeds). ``knobs`` is (candidates, beam, reach, factor,
-    rule, replicas). ``linear`` looks at every head instead of walking. ``marks`` are the visited marks of one thread
-    and their epoch.
+    rule, replicas). ``linear`` looks at every head instead of walking. ``state_of_walks``
+    is what one thread needs to walk (:func:`~hasten.retrieve.index.walk.marks`).
     """
     heads, extra, graph, seeds = state
     count, beam, replicas = len(queries), knobs[1], knobs[5]
@@ -140,7 +141,7 @@ def assign_rows(
                 metric,
                 beam,
                 1 << 30,
-                *marks,
+                state_of_walks,
                 pool_d,
                 pool_i,
                 found,

@@ -19,8 +19,9 @@ from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.offer import alive, list_bytes, offer, row_value
 from hasten.retrieve.index.simd import address_of, load_f32, load_i64, prefetch
 from hasten.retrieve.index.simd_bytes import centre, sift
+from hasten.retrieve.index.simd_pool import first_bit
 
-__all__ = ["PICKS", "code_bytes", "encode", "prefetch_codes", "score_picks", "sift_list", "touch_codes"]
+__all__ = ["PICKS", "code_bytes", "encode", "score_picks", "sift_list", "span_of_codes", "touch_codes"]
 
 HEADER = 64
 PICKS = 64
@@ -83,11 +84,10 @@ def _codes_of(address, count, row_bytes, metric):
 
 
 @hot
-def prefetch_codes(address, count, row_bytes, metric, width):
-    """Ask for the codes of the list at ``address``, at most 16 KiB of them."""
+def span_of_codes(address, count, row_bytes, metric, width):
+    """Where the codes of the list at ``address`` begin and end; at most 16 KiB of them."""
     start = _codes_of(address, count, row_bytes, metric)
-    for line in range(0, min(16384, code_bytes(count, width)), 64):
-        prefetch(start + line)
+    return start, start + min(16384, code_bytes(count, width))
 
 
 @hot
@@ -122,11 +122,28 @@ def score_picks(heads, metric, query, const, picks, begin, end, best_d, best_r, 
 
 @hot
 def sift_list(
-    head_state, metric, query, const, head, address, count, best_d, best_r, found, k, dead, mask, work, waiting
+    head_state,
+    metric,
+    query,
+    const,
+    head,
+    address,
+    count,
+    best_d,
+    best_r,
+    found,
+    k,
+    dead,
+    mask,
+    work,
+    waiting,
+    ahead,
+    until,
 ):
     """Pick the rows of one coded list that may be near, behind the ``waiting`` ones picked before.
 
-    Returns (answers, rows that wait to be scored): picks are scored here only where there is no more room. ``work`` is
+    The lines from ``ahead`` to ``until`` are asked for meanwhile. Returns (answers, rows that wait to be scored):
+    picks are scored here only where there is no more room. ``work`` is
     (mapped head (lanes,) float32, coded query (lanes + 16,) int8, picks (PICKS + 16, 3) int64: the addresses of the
     row, of its number and of its factor).
     """
@@ -150,14 +167,14 @@ def sift_list(
     block = at + HEADER
     fresh = waiting
     for first in range(0, count, 16):
-        passed = sift(block, address_of(coded), steps, base, slope, limit)
+        passed = sift(block, address_of(coded), steps, base, slope, limit, ahead if ahead < until else block)
         block += 64 + 64 * steps
+        ahead += 64 + 64 * steps
         if count - first < 16:
             passed &= (1 << (count - first)) - 1
         while passed != 0:
-            low = passed & -passed
-            passed ^= low
-            r = first + _places(low)
+            r = first + first_bit(passed)
+            passed &= passed - 1
             if screened and not alive(load_i64(rows + 8 * r), dead, mask):
                 continue
             start = address + r * row_bytes
@@ -169,23 +186,11 @@ def sift_list(
             waiting = 0
             fresh = 0
             limit = _bound(metric, const, best_d[k - 1], miss, slack)
+    while ahead < until:
+        prefetch(ahead)
+        ahead += 64
     for t in range(fresh, waiting):
         prefetch(picks[t, 1])
         for line in range(64, row_bytes + 63, 64):
             prefetch(picks[t, 0] + line)
     return found, waiting
-
-
-@hot
-def _places(low):
-    """Number of the only bit that is set, below 16."""
-    place = 0
-    if low & 0xFF00:
-        place += 8
-    if low & 0xF0F0:
-        place += 4
-    if low & 0xCCCC:
-        place += 2
-    if low & 0xAAAA:
-        place += 1
-    return place

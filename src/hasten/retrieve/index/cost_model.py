@@ -2,8 +2,8 @@
 
 memory = heads (d b + 4 degree + 28), disk = rows in lists (d b + 8) + half a page per list, latency = head distances
 * t_head + ceil(lists / queue depth) t_read + bytes / bandwidth + rows scored * t_row. How many head distances, lists
-and copies a recall takes grows with log n; that growth is fitted to runs at several n and judged by leaving each run
-out. One run cannot be extrapolated and is refused.
+and copies a recall takes grows with log n, or falls with a power of n and then stays at what the largest run took; that
+is fitted to runs at several n and judged by leaving each run out. One run cannot be extrapolated and is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hasten.retrieve.index.tune import measure_point, recall_of
 if TYPE_CHECKING:
     from hasten.retrieve.index.spann import Spann
 
-__all__ = ["Cost", "Disk", "Fit", "Run", "cost", "cost_of_index", "fit_runs", "measure_runs"]
+__all__ = ["Cost", "Disk", "Fit", "Law", "Run", "cost", "cost_of_index", "fit_runs", "measure_runs"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,31 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Law:
+    """How a quantity goes with n: ``a + b ln n`` where it grows, ``exp(a + b ln n)`` where it falls."""
+
+    a: float
+    b: float
+    falls: bool
+    """beyond the largest run it stays: more rows never take less work than were measured to"""
+    largest: float
+    """n of the largest run"""
+
+    def at(self, n: float) -> float:
+        """The quantity at n."""
+        if not self.falls:
+            return max(1.0, self.a + self.b * float(np.log(n)))
+        return max(1.0, float(np.exp(self.a + self.b * np.log(min(n, self.largest)))))
+
+
+@dataclass(frozen=True)
 class Fit:
-    """``a + b ln n`` for each quantity with ``b`` at least 0, and how far off it is on a run that it has not seen."""
+    """A law for each quantity, and how far off it is on a run that it has not seen."""
 
     runs: tuple[Run, ...]
     """what it was fitted to"""
-    coefficients: dict[str, tuple[float, float]]
-    """quantity -> (a, b)"""
+    laws: dict[str, Law]
+    """by quantity"""
     errors: dict[str, float]
     """quantity -> largest relative error when one run is left out"""
     t_head: float
@@ -83,8 +101,7 @@ class Fit:
 
     def at(self, name: str, n: float) -> float:
         """The quantity at n."""
-        a, b = self.coefficients[name]
-        return max(1.0, a + b * float(np.log(n)))
+        return self.laws[name].at(n)
 
     @property
     def error(self) -> float:
@@ -139,13 +156,14 @@ class Cost:
 _FITTED = ("checks", "lists", "copies", "scored")
 
 
-def _line(runs: Sequence[Run], name: str) -> tuple[float, float]:
+def _law(runs: Sequence[Run], name: str, largest: float) -> Law:
     x = np.log([r.n for r in runs])
-    y = [getattr(r, name) for r in runs]
+    y = np.array([getattr(r, name) for r in runs], float)
     b, a = np.polyfit(x, y, 1)
-    if b < 0:  # more rows never take less work; a falling line would promise nonsense far out
-        return float(np.mean(y)), 0.0
-    return float(a), float(b)
+    falls = bool(b < 0 and (y > 0).all())  # a falling line would pass zero
+    if falls:
+        b, a = np.polyfit(x, np.log(y), 1)
+    return Law(float(a), float(b), falls, largest)
 
 
 def fit_runs(runs: Sequence[Run]) -> Fit:
@@ -158,13 +176,14 @@ def fit_runs(runs: Sequence[Run]) -> Fit:
     for name in _FITTED:
         worst = 0.0
         for i, run in enumerate(runs):
-            a, b = _line([r for j, r in enumerate(runs) if j != i], name)
+            law = _law([r for j, r in enumerate(runs) if j != i], name, run.n)
             actual = getattr(run, name)
-            worst = max(worst, abs(a + b * np.log(run.n) - actual) / actual)
+            worst = max(worst, abs(law.at(run.n) - actual) / actual)
         errors[name] = float(worst)
     head = float(np.median([r.walk_seconds / r.checks for r in runs]))
     row = float(np.median([max(r.seconds - r.walk_seconds, 1e-9) / max(r.scored, 1.0) for r in runs]))
-    return Fit(tuple(runs), {n: _line(runs, n) for n in _FITTED}, errors, head, row)
+    high = max(r.n for r in runs)
+    return Fit(tuple(runs), {n: _law(runs, n, high) for n in _FITTED}, errors, head, row)
 
 
 def cost(
@@ -212,10 +231,7 @@ def cost(
         if len({r.n for r in others}) >= 2:
             head = float(np.median([r.walk_seconds / r.checks for r in others]))
             row = float(np.median([max(r.seconds - r.walk_seconds, 1e-9) / max(r.scored, 1.0) for r in others]))
-            terms = {}
-            for name in ("checks", "scored"):
-                a0, b0 = _line(others, name)
-                terms[name] = max(1.0, a0 + b0 * float(np.log(largest.n)))
+            terms = {name: _law(others, name, largest.n).at(largest.n) for name in ("checks", "scored")}
             predicted = terms["checks"] * head + terms["scored"] * row
             latency = abs(predicted - largest.seconds) / largest.seconds
     return Cost(n, memory, stored, lists, size, warm, cold, error, latency, low, high)

@@ -8,21 +8,20 @@ rows, then (cosine) all factors, then all row numbers, so scoring is one contigu
 
 from __future__ import annotations
 
-import io
 import json
-import mmap
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import CorruptPostingError, DataError
-from hasten.retrieve.index.guide import make_guide, no_guide
-from hasten.retrieve.index.io import Folder
-from hasten.retrieve.index.metric import COSINE, code_of, native
+from hasten.retrieve.index.io import Folder, map_behind
+from hasten.retrieve.index.metric import COSINE
 
 __all__ = [
     "DIRECTORY",
@@ -35,9 +34,12 @@ __all__ = [
     "checksum",
     "commit",
     "discard_strays",
-    "load",
+    "head_tensors",
     "put",
+    "read_heads",
     "read_list",
+    "read_manifest",
+    "seed_arrays",
     "write_heads",
 ]
 
@@ -146,8 +148,6 @@ class Generation:
     """(H, degree) padded with -1"""
     groups: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
     """group heads, seed heads, begins of each group's seeds"""
-    seeds: tuple[Any, ...]
-    """group vectors, group heads, seed vectors, seed heads, begins"""
     directory: NDArray[Any]
     """(H,) records, mapped"""
     segments: tuple[NDArray[np.uint8], ...]
@@ -170,6 +170,28 @@ class Generation:
     """columns (rows,) that filters read"""
     guide: tuple[Any, ...]
     """byte copies of the heads for the walk; see ``guide``"""
+    mapped: frozenset[str] = frozenset()
+    """parts that are not held in memory but read from the map"""
+    files: tuple[tuple[str, Callable[[], int], int], ...] = ()
+    """(path, its present size, the size when it was opened) of every file that is mapped; first the segments"""
+
+    @cached_property
+    def seeds(self) -> tuple[Any, ...]:
+        """Group vectors, group heads, seed vectors, seed heads, begins; gathered when first asked for, which a search
+        by a guide does not.
+        """
+        return seed_arrays(self.heads, self.groups)
+
+    def check(self, *, lists: bool = True) -> None:
+        """Raise CorruptPostingError if a mapped file was cut after it was opened: to read beyond its end would kill the
+        process. ``lists`` False looks at the other files only.
+        """
+        for path, present, size in self.files if lists else self.files[len(self.segments) :]:
+            if present() < size:
+                raise CorruptPostingError(
+                    f"{path!r} was cut from {size} to {present()} bytes after the index was opened; restore it from a "
+                    "snapshot, or run repair() with the vectors if it holds lists"
+                )
 
     @property
     def coded(self) -> int:
@@ -182,29 +204,33 @@ class Generation:
         return int(self.manifest.width) * int(self.heads.itemsize)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held in memory, by part; what is mapped from a file is not counted."""
+        """Bytes held in memory, by part; what is read from a map is not counted."""
+        codes, (group_codes, _, seed_codes, _, _) = self.guide[0], self.guide[1]
         parts = {
-            "heads": _held(self.heads),
-            "factors": _held(self.extra),
-            "head rows": _held(self.head_rows),
-            "graph": _held(self.graph),
-            "seeds": sum(a.nbytes for a in self.seeds),
-            "guide": 0
-            if self.guide[0] is self.heads
-            else self.guide[0].nbytes + sum(a.nbytes for a in self.guide[1][:3:2]),
+            "heads": self.heads.nbytes,
+            "factors": self.extra.nbytes,
+            "head rows": self.head_rows.nbytes,
+            "graph": self.graph.nbytes,
+            "seeds": sum(a.nbytes for a in self.groups) + sum(a.nbytes for a in self.__dict__.get("seeds", ())[:3:2]),
+            "guide": (0 if codes is self.heads else codes.nbytes) + group_codes.nbytes + seed_codes.nbytes,
             "directory": self.addresses.nbytes + self.counts.nbytes + self.radii.nbytes,
             "tombstones": self.dead.nbytes,
             "attributes": sum(a.nbytes for a in self.attributes.values()),
         }
+        parts |= dict.fromkeys(self.mapped, 0)
         return {**parts, "total": sum(parts.values())}
 
 
-def _held(array: NDArray[Any]) -> int:
-    """Bytes of an array, 0 where it is a view into a mapped file."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return 0 if isinstance(base, (mmap.mmap, memoryview)) else array.nbytes
+def seed_arrays(heads: NDArray[Any], groups: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+    """The seeds as the walk reads them: contiguous copies of their vectors."""
+    group_heads, seed_heads, begins = groups
+    return (
+        np.ascontiguousarray(heads[group_heads]),
+        np.ascontiguousarray(group_heads, np.int32),
+        np.ascontiguousarray(heads[seed_heads]),
+        np.ascontiguousarray(seed_heads, np.int32),
+        np.ascontiguousarray(begins, np.int32),
+    )
 
 
 def bytes_of_list(count: Any, row_bytes: int, metric: int) -> Any:
@@ -262,7 +288,20 @@ def write_heads(folder: Folder, name: str, tensors: dict[str, NDArray[Any]]) -> 
     return {"bytes": size, "crc32": crc}
 
 
-def _read_heads(raw: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+def head_tensors(vectors: Any, extra: Any, head_rows: Any, graph: Any, groups: Any) -> dict[str, NDArray[Any]]:
+    """What the file of the heads holds, by name."""
+    return {
+        "heads": vectors,
+        "extra": extra,
+        "head_rows": head_rows,
+        "graph": graph,
+        "group_heads": groups[0],
+        "seed_heads": groups[1],
+        "seed_begins": groups[2],
+    }
+
+
+def read_heads(raw: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """Views into a mapped safetensors file."""
     kinds = {"F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8"}
     (length,) = struct.unpack("<Q", raw[:8].tobytes())
@@ -309,93 +348,6 @@ def discard_strays(folder: Folder, manifest: Manifest) -> list[str]:
     return strays
 
 
-def _array(folder: Folder, name: str, kind: str) -> NDArray[Any]:
-    raw = folder.map(name)
-    return raw.view(kind)
-
-
-def load(folder: Folder, *, memory: float | None = None, check: bool = True) -> Generation:
-    """Open the current generation.
-
-    ``memory`` (bytes) bounds what is copied into memory, the graph before the guide before the heads; what does not fit
-    stays mapped, and the walk runs from the map. ``check`` compares sizes and the checksums of all files but the
-    postings. Raises DataError with one line.
-    """
-    manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
-        size = folder.size(name)
-        if size != entry["bytes"]:
-            raise DataError(
-                f"{str(folder.path(name))!r} has {max(size, 0)} bytes, the manifest says {entry['bytes']}; "
-                "restore it from a snapshot"
-            )
-        if check and "crc32" in entry and size <= CHECKED and checksum(folder.map(name)) != entry["crc32"]:
-            raise DataError(f"{str(folder.path(name))!r} has a wrong checksum; restore it from a snapshot")
-    roles = manifest.roles
-    tensors = _read_heads(folder.map(roles["heads"]))
-    left = float("inf") if memory is None else memory
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].nbytes):
-        if name != "heads" and tensor.nbytes <= left:
-            tensors[name] = np.array(tensor)
-            left -= tensor.nbytes
-    width, metric = manifest.width, code_of(manifest.metric)
-    coded_bytes = tensors["heads"].shape[0] * (width + 1)
-    guided = coded_bytes <= left  # before the heads: with it a walk needs a few of them only
-    left -= coded_bytes if guided and tensors["heads"].dtype != np.uint8 else 0
-    if tensors["heads"].nbytes <= left:
-        tensors["heads"] = np.array(tensors["heads"])
-    heads = native(tensors["heads"]) if tensors["heads"].dtype == np.float16 else tensors["heads"]
-    groups = (tensors["group_heads"], tensors["seed_heads"], tensors["seed_begins"])
-    directory = _array(folder, roles["directory"], "u1").view(DIRECTORY)
-    segments = tuple(folder.map(name) for name in manifest.segments)
-    bases = np.array([s.ctypes.data for s in segments] or [0], np.int64)
-    addresses = (
-        bases[directory["segment"]] + directory["offset"].astype(np.int64)
-        if len(segments)
-        else np.zeros(len(directory), np.int64)
-    )
-    ids = _array(folder, roles["ids"], "<i8") if "ids" in roles else None
-    attributes: dict[str, NDArray[Any]] = {}
-    if "attributes" in roles:
-        with np.load(io.BytesIO(folder.read(roles["attributes"])), allow_pickle=False) as stored:
-            attributes = {k: stored[k] for k in stored.files}
-    seeds = seed_arrays(heads, groups)
-    guide = make_guide(heads, tensors["graph"], seeds, metric, manifest.largest) if guided else no_guide(width)
-    return Generation(
-        manifest=manifest,
-        metric=metric,
-        heads=heads,
-        extra=tensors["extra"],
-        head_rows=tensors["head_rows"],
-        graph=tensors["graph"],
-        groups=groups,
-        seeds=seeds,
-        guide=guide,
-        directory=directory,
-        segments=segments,
-        addresses=addresses,
-        counts=directory["count"].astype(np.int32),
-        radii=directory["radius"].astype(np.float32),
-        location=_array(folder, roles["location"], "<i8"),
-        ids=ids,
-        order=_array(folder, roles["order"], "<i8") if "order" in roles else None,
-        dead=np.array(folder.map(roles["tombstones"])) if "tombstones" in roles else np.zeros(0, np.uint8),
-        attributes=attributes,
-    )
-
-
-def seed_arrays(heads: NDArray[Any], groups: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    """The seeds as the walk reads them: contiguous copies of their vectors."""
-    group_heads, seed_heads, begins = groups
-    return (
-        np.ascontiguousarray(heads[group_heads]),
-        np.ascontiguousarray(group_heads, np.int32),
-        np.ascontiguousarray(heads[seed_heads]),
-        np.ascontiguousarray(seed_heads, np.int32),
-        np.ascontiguousarray(begins, np.int32),
-    )
-
-
 def read_list(generation: Generation, number: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """(rows, row numbers) of one list, checked; raises :class:`~hasten.errors.CorruptPostingError`."""
     entry = generation.directory[number]
@@ -404,8 +356,11 @@ def read_list(generation: Generation, number: int) -> tuple[NDArray[Any], NDArra
     if count == 0:
         return np.empty((0, width), generation.heads.dtype), np.empty(0, np.int64)
     begin = int(entry["offset"])
-    data = generation.segments[int(entry["segment"])][begin : begin + int(entry["bytes"])]
-    if checksum(data) != int(entry["crc32"]):
+    segment = generation.segments[int(entry["segment"])]
+    data = segment[begin : begin + int(entry["bytes"])]
+    behind = map_behind(segment)
+    cut = behind is not None and behind.size() < begin + len(data)  # to read it would kill the process
+    if cut or checksum(data) != int(entry["crc32"]):
         raise CorruptPostingError(
             f"posting list {number} has a wrong checksum; run repair() with the vectors, or restore a snapshot",
             (number,),

@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten import huge_pages
+from hasten.retrieve.index.format import seed_arrays
 from hasten.retrieve.index.kernel import hot
-from hasten.retrieve.index.metric import L2, mapped
+from hasten.retrieve.index.metric import INNER, L2, mapped
 
-__all__ = ["ERROR", "code_query", "make_guide", "no_guide", "query_lanes"]
+__all__ = ["ERROR", "code_query", "guide_bytes", "make_guide", "no_guide", "query_lanes"]
 
 ERROR = 0.1
 """largest error of a coded distance, as a share of the distance to the nearest other head"""
+STEP = 1024
+"""heads that are coded at a time, so that what is held meanwhile is small beside the guide"""
 
 Guide = tuple[Any, ...]
 """codes (H, w) uint8, seeds of codes, low (w,) and 1 / unit float32, whether codes are the heads themselves"""
@@ -40,9 +43,17 @@ def no_guide(width: int) -> Guide:
     return (nothing, seeds, np.zeros(width, np.float32), np.float32(1.0), 0)
 
 
-def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], seeds: Any, metric: int, largest: float) -> Guide:
-    """The guide of heads (H, d) in the kernels' dtype (float16 as its bits), or none where bytes do not suffice."""
+def guide_bytes(heads: int, groups: Any, width: int, metric: int, *, own: bool) -> int:
+    """Bytes that a guide takes; ``own``: the heads are their own codes, only the seeds are copied."""
+    return ((0 if own else heads) + len(groups[0]) + len(groups[1])) * (width + (metric == INNER))
+
+
+def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], groups: Any, metric: int, largest: float) -> Guide:
+    """The guide of heads (H, d) in the kernels' dtype (float16 as its bits) with the seeds of ``groups``, or none where
+    bytes do not suffice.
+    """
     if heads.dtype == np.uint8 and metric == L2:
+        seeds = seed_arrays(heads, groups)
         return (heads, seeds, np.zeros(heads.shape[1], np.float32), np.float32(1.0), 1)
     count, width = len(heads), heads.shape[1]
     if count < 64:
@@ -51,9 +62,9 @@ def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], seeds: Any, metric
     def floats(rows: NDArray[Any]) -> NDArray[np.float32]:
         return mapped(rows.view(np.float16) if rows.dtype == np.uint16 else rows, metric, largest)
 
-    steps = range(0, count, 8192)
-    low = np.min([floats(heads[b : b + 8192]).min(0) for b in steps], axis=0)
-    high = np.max([floats(heads[b : b + 8192]).max(0) for b in steps], axis=0)
+    steps = range(0, count, STEP)
+    low = np.min([floats(heads[b : b + STEP]).min(0) for b in steps], axis=0)
+    high = np.max([floats(heads[b : b + STEP]).max(0) for b in steps], axis=0)
     unit = float(max((high - low).max() / 255.0, 2.0**-100))
     if heads.dtype == np.int8 and metric == L2:
         low, unit = np.full(width, -128.0, np.float32), 1.0
@@ -67,13 +78,12 @@ def make_guide(heads: NDArray[Any], graph: NDArray[np.int32], seeds: Any, metric
     def code(rows: NDArray[Any]) -> NDArray[np.uint8]:
         # in large pages where there are any: a walk jumps, and each page is looked up
         out = huge_pages.zeros(len(rows) * len(low)).reshape(len(rows), len(low))
-        for b in range(0, len(rows), 8192):
-            out[b : b + 8192] = np.clip(np.rint((floats(rows[b : b + 8192]) - low) / unit), 0, 255)
+        for b in range(0, len(rows), STEP):
+            out[b : b + STEP] = np.clip(np.rint((floats(rows[b : b + STEP]) - low) / unit), 0, 255)
         return out
 
-    group_rows, group_heads, seed_rows, seed_heads, begins = seeds
-    coded = (code(group_rows), group_heads, code(seed_rows), seed_heads, begins)
-    return (code(heads), coded, low.astype(np.float32), np.float32(1.0 / unit), 0)
+    codes = code(heads)
+    return (codes, seed_arrays(codes, groups), low.astype(np.float32), np.float32(1.0 / unit), 0)
 
 
 @hot

@@ -24,7 +24,18 @@ from numpy.typing import NDArray
 from hasten.clock import Clock
 from hasten.errors import DataError
 
-__all__ = ["PAGE", "DiskFolder", "Folder", "PooledReader", "Read", "Reader", "Writer", "merge_reads"]
+__all__ = [
+    "PAGE",
+    "DiskFolder",
+    "Folder",
+    "PooledReader",
+    "Read",
+    "Reader",
+    "Writer",
+    "map_behind",
+    "merge_reads",
+    "told",
+]
 
 PAGE = 4096
 
@@ -178,6 +189,19 @@ class DiskFolder:
         return path.stat().st_size if path.is_file() else -1
 
 
+def map_behind(array: NDArray[Any]) -> mmap.mmap | None:
+    """The memory map that an array is a view of; None for an array in memory.
+
+    To touch a map beyond the end of its file kills the process, so who reads one asks for its ``size()`` before.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return base if isinstance(base, mmap.mmap) else None
+
+
 @dataclass(frozen=True)
 class Read:
     """One contiguous range of a file and the requests that it serves."""
@@ -231,6 +255,7 @@ class PooledReader:
     def __init__(self, paths: list[Path], *, direct: bool = False, queue_depth: int = 32) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC | (getattr(os, "O_DIRECT", 0) if direct else 0)
         self._descriptors: list[int] = []
+        self._paths = paths
         self.direct = direct
         for path in paths:
             with told(path):
@@ -239,9 +264,11 @@ class PooledReader:
 
     def _read(self, read: Read) -> NDArray[np.uint8]:
         buffer = mmap.mmap(-1, read.size) if self.direct else bytearray(read.size)
-        got = os.preadv(self._descriptors[read.file], [buffer], read.offset)
+        with told(self._paths[read.file]):
+            got = os.preadv(self._descriptors[read.file], [buffer], read.offset)
         if got < read.size - PAGE:  # the last page of a file may be cut
-            raise OSError(errno.EIO, f"{got} of {read.size} bytes came back")
+            place = str(self._paths[read.file])
+            raise DataError(f"{place!r} at {read.offset}: {got} of {read.size} bytes came back; run verify()")
         return np.frombuffer(buffer, np.uint8)
 
     def fetch(

@@ -13,9 +13,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from hasten.retrieve.index.graph import head_distance, map_head, walk_many
+from hasten.retrieve.index.graph import head_distance, map_head
 from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.simd import address_of, squared1, widen
+from hasten.retrieve.index.walk import marks, walk_many
 
 __all__ = ["link_batch", "link_heads", "prune"]
 
@@ -153,7 +154,7 @@ def link_heads(
     degree = graph.shape[1]
     fill = (graph >= 0).sum(1).astype(np.int32)
     linked = int(np.count_nonzero(fill)) + 1
-    scratches = [(np.zeros(len(heads), np.uint16), np.zeros(1, np.int64)) for _ in range(threads)]
+    scratches = [marks(len(heads), degree) for _ in range(threads)]
     done = 0
     with ThreadPoolExecutor(threads) as pool:
         while done < len(nodes):
@@ -165,7 +166,6 @@ def link_heads(
             def search(job: tuple[int, Any], batch: Any = batch, edges: Any = edges, count: Any = count) -> None:
                 turn, part = job
                 cut = slice(part[0], part[-1] + 1)
-                stamps, epoch = scratches[turn]
                 own = batch[cut]
                 queries = np.zeros((len(own), (heads.shape[1] + 16) // 16 * 16), np.float32)
                 consts, augs = np.zeros(len(own), np.float32), np.zeros(len(own), np.float32)
@@ -183,8 +183,7 @@ def link_heads(
                     metric,
                     beam,
                     1 << 30,
-                    stamps,
-                    epoch,
+                    scratches[turn],
                     pool_d,
                     pool_i,
                     sizes,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, bytes_of_list, ch
 from hasten.retrieve.index.io import PAGE, Writer
 from hasten.retrieve.index.metric import COSINE, INNER, factors, mapped, native
 
-__all__ = ["PAIR", "ListWriter", "sort_pairs"]
+__all__ = ["PAIR", "ListShape", "ListWriter", "empty_directory", "sort_pairs", "writing"]
 
 PAIR = np.dtype([("head", "<i4"), ("distance", "<f4"), ("row", "<i8")])
 """one copy of a row: the list it goes to and its squared distance to the head"""
@@ -48,6 +49,16 @@ def _pack(rows, extra, numbers, begins, offsets, row_bytes, metric, out):
             at += 8
 
 
+@dataclass(frozen=True)
+class ListShape:
+    """What the rows of all lists have in common."""
+
+    metric: int
+    largest: float
+    width: int
+    itemsize: int
+
+
 @dataclass
 class ListWriter:
     """Writes lists to one segment file, fills the directory and notes where each row lies."""
@@ -58,10 +69,7 @@ class ListWriter:
     """(H,) records to fill"""
     location: NDArray[np.int64]
     """(rows,) written for every row of a list; the first copy written stays"""
-    metric: int
-    largest: float
-    width: int
-    itemsize: int
+    shape: ListShape
     centres: Callable[[Any], NDArray[np.float32]] | None = None
     """heads by number in the mapped space: lists get byte codes; None: they get none"""
     batch_bytes: int = 1 << 25
@@ -74,12 +82,12 @@ class ListWriter:
 
         ``take(rows)`` gives the vectors of row numbers. Memory stays near ``batch_bytes`` at a time.
         """
-        row_bytes = self.width * self.itemsize
+        row_bytes = self.shape.width * self.shape.itemsize
         begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        plain_sizes = bytes_of_list(counts.astype(np.int64), row_bytes, self.metric)
+        plain_sizes = bytes_of_list(counts.astype(np.int64), row_bytes, self.shape.metric)
         sizes = plain_sizes
         if self.centres is not None:
-            space = self.width + (self.metric == INNER)
+            space = self.shape.width + (self.shape.metric == INNER)
             blocks = np.array([code_bytes(int(c), space) for c in np.unique(counts)], np.int64)
             codes = blocks[np.searchsorted(np.unique(counts), counts)] if len(counts) else blocks
             sizes = -(-plain_sizes // 64) * 64 + codes
@@ -92,19 +100,19 @@ class ListWriter:
             low, high = int(begins[at]), int(begins[stop])
             numbers = np.ascontiguousarray(pairs["row"][low:high])
             unique, where = np.unique(numbers, return_inverse=True)
-            taken = take(unique) if high > low else np.empty((0, self.width), np.uint8)
+            taken = take(unique) if high > low else np.empty((0, self.shape.width), np.uint8)
             vectors = native(taken)[where]
             extra = np.zeros(0, np.float32)
-            if self.metric == COSINE and high > low:
-                extra = factors(taken, COSINE, self.largest)[where]
+            if self.shape.metric == COSINE and high > low:
+                extra = factors(taken, COSINE, self.shape.largest)[where]
             offsets = (ends[at:stop] - padded[at:stop] - base).astype(np.int64)
             out = np.zeros(int(ends[stop - 1]) - base, np.uint8)
             if high > low:
                 raw = np.ascontiguousarray(vectors).view(np.uint8).reshape(high - low, row_bytes)
-                _pack(raw, extra, numbers, begins[at : stop + 1] - low, offsets, row_bytes, self.metric, out)
+                _pack(raw, extra, numbers, begins[at : stop + 1] - low, offsets, row_bytes, self.shape.metric, out)
                 if self.centres is not None:
                     behind = offsets + -(-plain_sizes[at:stop] // 64) * 64
-                    flat = mapped(taken, self.metric, self.largest)[where]
+                    flat = mapped(taken, self.shape.metric, self.shape.largest)[where]
                     encode(flat, self.centres(heads[at:stop]), begins[at : stop + 1] - low, behind, out)
             self._describe(heads[at:stop], counts[at:stop], sizes[at:stop], offsets, pairs, begins[at : stop + 1], out)
             slots = np.arange(low, high) - np.repeat(begins[at:stop], counts[at:stop])
@@ -130,6 +138,25 @@ class ListWriter:
             heads, offsets, sizes, strict=True
         ):  # one checksum per list; the bytes are hashed in C
             entry["crc32"][head] = checksum(out[offset : offset + size])
+
+
+@contextmanager
+def writing(
+    writer: Writer,
+    segment: int,
+    directory: NDArray[Any],
+    location: NDArray[np.int64],
+    shape: ListShape,
+    centres: Callable[[Any], NDArray[np.float32]] | None,
+    batch_bytes: int = 1 << 25,
+) -> Iterator[ListWriter]:
+    """A new segment file: synced when its lists are written, closed in any case."""
+    try:
+        lists = ListWriter(writer, segment, directory, location, shape, centres, batch_bytes)
+        yield lists
+        writer.sync()
+    finally:
+        writer.close()
 
 
 def empty_directory(count: int) -> NDArray[Any]:

@@ -30,7 +30,8 @@ from hasten.retrieve.index.plan import scratch as new_scratch
 
 __all__ = ["MappedReader", "View", "plan", "row_addresses", "run", "run_rows", "run_within"]
 
-_FIRST = np.zeros(1, np.int64)
+
+_NONE = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class View:
     def of(cls, generation: Generation, delta: tuple[Any, ...], dead: NDArray[np.uint8], floor: float) -> View:
         """From a generation."""
         g = generation
+        guided = len(g.guide[0]) > 0  # then the walk does not take the seeds' own vectors
+        seeds = (g.heads[:0], _NONE, g.heads[:0], _NONE, _NONE) if guided else g.seeds
         return cls(
             g,
             delta,
             dead,
             floor,
-            (g.heads, g.extra, g.graph, g.seeds, g.head_rows, g.guide),
+            (g.heads, g.extra, g.graph, seeds, g.head_rows, g.guide),
             (g.addresses, g.counts, g.radii, g.coded),
         )
 
@@ -172,7 +175,6 @@ def run(
             knobs,
             options.filtered_lists,
             k,
-            np.arange(end - begin),
             own,
             values[begin:end],
             rows[begin:end],
@@ -200,9 +202,9 @@ def plan(
     view: View, query: NDArray[np.float32], const: NDArray[np.float32], knobs: tuple[Any, ...], scratch: tuple[Any, ...]
 ) -> tuple[NDArray[np.int64], int]:
     """(lists that a query reads, nearest head first; distances computed), as the kernel plans them."""
-    plan_one(view.heads, view.lists, view.generation.metric, query, 0, const[0], knobs, scratch)
-    notes = scratch[6][0]
-    return scratch[3][0][scratch[4][0, : notes[KEPT]]].astype(np.int64), int(notes[CHECKED])
+    plan_one(view.heads, view.lists, view.generation.metric, query, 0, const, knobs, scratch)
+    notes = scratch[5][0]
+    return scratch[2][0][scratch[3][0, : notes[KEPT]]].astype(np.int64), int(notes[CHECKED])
 
 
 def run_read(
@@ -248,7 +250,6 @@ def run_read(
                 (-1, 0.0, 0.0, 1, 1, 0),
                 0,
                 k,
-                _FIRST,
                 own,
                 values[q : q + 1],
                 rows[q : q + 1],
@@ -270,7 +271,6 @@ def run_read(
                 knobs,
                 knobs[0],
                 k,
-                _FIRST,
                 own,
                 values[q : q + 1],
                 rows[q : q + 1],

@@ -3,7 +3,7 @@
 One call works without the GIL, straight out of the memory map. A list with codes is sifted by them and only rows that
 may be near are touched (see ``codes``); of one without, every row is scored. Byte rows are scored in whole numbers
 where the query is whole. A row in several lists is offered once. While a query's lists are scored those of the next one
-are asked for: the walk runs one query ahead. Nothing here allocates.
+are asked for: walks run a group of queries ahead. Nothing here allocates.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import numba
 import numpy as np
 
 from hasten.retrieve.index.blocks import scan_delta, scan_list
-from hasten.retrieve.index.codes import prefetch_codes, score_picks, sift_list, touch_codes
+from hasten.retrieve.index.codes import score_picks, sift_list, span_of_codes, touch_codes
 from hasten.retrieve.index.exact import scan_all
 from hasten.retrieve.index.kernel import hot
 from hasten.retrieve.index.offer import offer, row_value
-from hasten.retrieve.index.plan import CHECKED, KEPT, SIZE, WHOLE, find, mapped_value, runs, settle
+from hasten.retrieve.index.plan import CHECKED, KEPT, SIZE, WHOLE, fetch_heads, find, mapped_value, runs, settle
 from hasten.retrieve.index.simd import address_of, prefetch
+from hasten.retrieve.index.walk import LANES
 
 __all__ = ["CANDIDATES", "CHECKS", "LISTS", "PAGES", "RUNS", "search"]
 
@@ -44,16 +45,22 @@ def _offer_heads(head_state, metric, query, const, pool_d, pool_i, size, best_d,
 
 
 @hot
-def _ask(head_state, lists, metric, h):
-    """Ask for what a search reads first of a list: its codes, or the beginning of its rows."""
+def _wanted(head_state, lists, metric, h):
+    """(begin, end) of what a search reads first of a list: its codes, or the beginning of its rows."""
     addresses, counts, _, coded = lists
     heads = head_state[0]
     row_bytes = heads.shape[1] * heads.itemsize
     if coded:
-        prefetch_codes(addresses[h], counts[h], row_bytes, metric, heads.shape[1] + (metric == 2))
-    else:
-        for line in range(0, min(FIRST, counts[h] * row_bytes), 64):
-            prefetch(addresses[h] + line)
+        return span_of_codes(addresses[h], counts[h], row_bytes, metric, heads.shape[1] + (metric == 2))
+    return addresses[h], addresses[h] + min(FIRST, counts[h] * row_bytes)
+
+
+@hot
+def _ask(head_state, lists, metric, h):
+    """Ask for it."""
+    begin, end = _wanted(head_state, lists, metric, h)
+    for line in range(begin, end, 64):
+        prefetch(line)
 
 
 @hot
@@ -81,7 +88,23 @@ def _all_of_list(head_state, lists, metric, query, const, h, best_d, best_r, fou
             heads, metric, query, const, heads.shape[1], addresses[h], counts[h], best_d, best_r, found, k, dead, mask
         )
     found, waiting = sift_list(
-        head_state, metric, query, const, h, addresses[h], counts[h], best_d, best_r, found, k, dead, mask, work, 0
+        head_state,
+        metric,
+        query,
+        const,
+        h,
+        addresses[h],
+        counts[h],
+        best_d,
+        best_r,
+        found,
+        k,
+        dead,
+        mask,
+        work,
+        0,
+        0,
+        0,
     )
     return score_picks(heads, metric, query, const, work[2], 0, waiting, best_d, best_r, found, k, dead, mask)
 
@@ -108,7 +131,7 @@ def _under_mask(
 ):
     """Read lists until ``k`` rows pass the filter and the next head is too far; returns (found, lists, candidates)."""
     counts = lists[1]
-    pool_d, pool_i, order = scratch[2][slot], scratch[3][slot], scratch[4][slot]
+    pool_d, pool_i, order = scratch[1][slot], scratch[2][slot], scratch[3][slot]
     stretch = numba.float32(knobs[1])
     read = candidates = 0
     for t in range(size):
@@ -123,7 +146,7 @@ def _under_mask(
             read += 1
             candidates += counts[h]
             found = _all_of_list(
-                head_state, lists, metric, query, const, h, best_d, best_r, found, k, dead, mask, scratch[9:]
+                head_state, lists, metric, query, const, h, best_d, best_r, found, k, dead, mask, scratch[8:]
             )
         if delta[3].shape[0] > 0:
             found = scan_delta(metric, query, const, h, delta, best_d, best_r, found, k, mask)
@@ -132,33 +155,38 @@ def _under_mask(
 
 @hot
 def _kept_lists(
-    head_state, lists, metric, query, const, radius, scratch, slot, coming, best_d, best_r, found, k, dead, mask
+    head_state, lists, metric, query, const, radius, scratch, slot, after, coming, best_d, best_r, found, k, dead, mask
 ):
-    """Read the lists that the plan kept, and ask for as many of the next query, whose pool holds ``coming`` heads.
+    """Read the lists that the plan kept, and ask for ``coming`` of the next query, whose slot is ``after``.
 
     Picks of a list are scored after the next one was sifted, when they have arrived. Returns (found, lists,
     candidates).
     """
     addresses, counts, radii, coded = lists
     heads = head_state[0]
-    pool_d, pool_i, order, ahead = scratch[2][slot], scratch[3][slot], scratch[4][slot], scratch[3][1 - slot]
-    work = scratch[9:]
+    pool_d, pool_i, order, ahead = scratch[1][slot], scratch[2][slot], scratch[3][slot], scratch[2][after]
+    work = scratch[8:]
     picks = work[2]
-    kept = scratch[6][slot, KEPT]
+    kept = scratch[5][slot, KEPT]
     read = candidates = waiting = 0
     for t in range(kept):
         place = order[t]
         h = pool_i[place]
+        begin = end = 0
         if t < coming:
-            _ask(head_state, lists, metric, ahead[t])
+            begin, end = _wanted(head_state, lists, metric, ahead[t])
         if radius != 0 and found == k:
             edge = np.sqrt(max(pool_d[place], numba.float32(0.0))) - radii[h]
             if edge > 0 and edge * edge > mapped_value(metric, const, best_d[k - 1]):
+                for line in range(begin, end, 64):
+                    prefetch(line)
                 continue
         order[read] = place
         read += 1
         candidates += counts[h]
         if coded == 0 or metric == 3:
+            for line in range(begin, end, 64):
+                prefetch(line)
             found = scan_list(
                 heads,
                 metric,
@@ -192,6 +220,8 @@ def _kept_lists(
             mask,
             work,
             waiting,
+            begin,
+            end,
         )
         if waiting >= before > 0:
             found = score_picks(heads, metric, query, const, picks, 0, before, best_d, best_r, found, k, dead, mask)
@@ -227,7 +257,6 @@ def search(
     knobs,
     filtered,
     k,
-    order,
     scratch,
     out_d,
     out_r,
@@ -237,12 +266,12 @@ def search(
     """Search a batch: queries (count, lanes) float32 -> values ``out_d`` and rows ``out_r`` (count, k), ascending.
 
     ``lists`` is (addresses, counts, radii, whether they have codes). A negative number of lists scores everything.
-    ``filtered`` lists are read at most under a ``mask``. Queries are taken in ``order``. ``stats`` (count, 5) int64.
+    ``filtered`` lists are read at most under a ``mask``. ``stats`` (count, 5) int64.
     ``detail`` also counts pages and reads. Slots without an answer hold inf and -1.
     """
     heads = head_state[0]
     row_bytes = heads.shape[1] * heads.itemsize
-    pools_d, pools_i, orders, coded, notes = scratch[2], scratch[3], scratch[4], scratch[5], scratch[6]
+    pools_d, pools_i, orders, coded, notes = scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
     limit = knobs[0]
     out_d[:] = np.inf
     out_r[:] = -1
@@ -251,21 +280,23 @@ def search(
         return
     count = queries.shape[0]
     if count > 0:
-        find(head_state, metric, queries, order[0], consts[order[0]], knobs, scratch, 0)
+        find(head_state, metric, queries, 0, min(LANES, count), consts, knobs, scratch, 0)
+        fetch_heads(head_state, scratch, 0)
         _touch(head_state, lists, metric, pools_i[0], min(limit, notes[0, SIZE]))
         for t in range(min(limit, notes[0, SIZE])):
             _ask(head_state, lists, metric, pools_i[0, t])
-    for turn in range(count):
-        q, slot = order[turn], turn & 1
+    for q in range(count):
+        slot, after = q % (2 * LANES), (q + 1) % (2 * LANES)
         query, const = address_of(queries[q]), consts[q]
         best_d, best_r = out_d[q], out_r[q]
         settle(head_state, lists, metric, queries, q, const, knobs, scratch, slot)
         coming = 0
-        if turn + 1 < count:
-            after = order[turn + 1]
-            find(head_state, metric, queries, after, consts[after], knobs, scratch, 1 - slot)
-            coming = min(limit, notes[1 - slot, SIZE])
-            _touch(head_state, lists, metric, pools_i[1 - slot], coming)
+        if q + 1 < count:
+            if (q + 1) % LANES == 0:  # the group is used up: the next one walks
+                find(head_state, metric, queries, q + 1, min(LANES, count - q - 1), consts, knobs, scratch, after)
+            coming = min(limit, notes[after, SIZE])
+            fetch_heads(head_state, scratch, after)
+            _touch(head_state, lists, metric, pools_i[after], coming)
         pool_d, pool_i, size = pools_d[slot], pools_i[slot], notes[slot, SIZE]
         found = _offer_heads(head_state, metric, query, const, pool_d, pool_i, size, best_d, best_r, 0, k, dead, mask)
         if mask.shape[0] > 0:
@@ -300,6 +331,7 @@ def search(
                 knobs[5],
                 scratch,
                 slot,
+                after,
                 coming,
                 best_d,
                 best_r,
@@ -313,4 +345,4 @@ def search(
                     found = scan_delta(metric, query, const, pool_i[t], delta, best_d, best_r, found, k, mask)
         stats[q, LISTS], stats[q, CHECKS], stats[q, CANDIDATES] = read, notes[slot, CHECKED], candidates
         if detail:
-            stats[q, PAGES], stats[q, RUNS] = runs(lists, metric, row_bytes, pool_i, orders[slot], read, scratch[8])
+            stats[q, PAGES], stats[q, RUNS] = runs(lists, metric, row_bytes, pool_i, orders[slot], read, scratch[7])

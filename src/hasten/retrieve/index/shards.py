@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from hasten.errors import ConfigurationError, DataError, MissingExtraError
 from hasten.retrieve.index.build import BuildOptions, build
+from hasten.retrieve.index.cluster import cluster, workspace
 from hasten.retrieve.index.hit import SearchOptions
 from hasten.retrieve.index.io import DiskFolder
 from hasten.retrieve.index.metric import check_rows, code_of, mapped
 from hasten.retrieve.index.sources import open_source
 from hasten.retrieve.index.spann import Spann
-from hasten.retrieve.index.tree import cluster, workspace
 
 __all__ = ["Machine", "ShardHit", "Shards", "pack"]
 

@@ -17,6 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hasten.retrieve.index.simd import four_sums
+
 __all__ = ["bytes1", "bytes4", "centre", "sift"]
 
 _I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
@@ -107,13 +109,10 @@ def _bytes_body(builder: Any, query: Any, *rest: Any) -> Any:
         one = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.trunc(left, _I32), ir.Constant(_I32, 0))
         limit = builder.shuffle_vector(one, one, ir.Constant(vector, [0] * 32))
         step(done, builder.icmp_signed("<", ir.Constant(vector, list(range(32))), limit))
-    values = [_call(builder, "llvm.vector.reduce.add.v16i32", _I32, [builder.load(t)]) for t in sums]
-    if len(values) == 1:
-        return builder.sitofp(values[0], _F32)
-    packed: Any = ir.Constant(ir.VectorType(_I32, len(values)), ir.Undefined)
-    for i, value in enumerate(values):
-        packed = builder.insert_element(packed, value, ir.Constant(_I32, i))
-    return builder.sitofp(packed, ir.VectorType(_F32, len(values)))
+    if len(sums) == 1:
+        total = _call(builder, "llvm.vector.reduce.add.v16i32", _I32, [builder.load(sums[0])])
+        return builder.sitofp(total, _F32)
+    return builder.sitofp(four_sums(builder, [builder.load(t) for t in sums], builder.add), ir.VectorType(_F32, 4))
 
 
 @intrinsic
@@ -151,13 +150,25 @@ def _quad(builder: Any, total: Any, codes: Any, words: Any) -> Any:
     return total
 
 
-def _sift_body(builder: Any, block: Any, query: Any, steps: Any, base: Any, slope: Any, limit: Any) -> Any:
-    """Steps are taken four at a time (the query is padded), so that four sums hide the latency."""
+def _sift_body(builder: Any, block: Any, query: Any, steps: Any, base: Any, slope: Any, limit: Any, ahead: Any) -> Any:
+    """Steps are taken four at a time (the query is padded), so that four sums hide the latency. Each step asks for one
+    line of what comes later: a processor has a few such requests under way at most, and a burst of them stops it.
+    """
     zero = ir.Constant(_INTS, [0] * 16)
     sums = [cgutils.alloca_once_value(builder, zero) for _ in range(4)]
     codes = builder.add(block, _number(64))
 
+    def ask(place: Any) -> None:
+        byte = _I8.as_pointer()
+        where = builder.inttoptr(place, byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [where, ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)])
+
+    ask(ahead)
+
     def step(index: Any, total: Any) -> None:
+        ask(builder.add(builder.add(ahead, _number(64)), builder.shl(index, _number(6))))
         code = _at(builder, builder.add(codes, builder.shl(index, _number(6))), _INTS, 4)
         word = _splat(builder, _at(builder, builder.add(query, builder.shl(index, _number(2))), _I32, 4))
         builder.store(_quad(builder, builder.load(total), code, word), total)
@@ -181,19 +192,19 @@ def _sift_body(builder: Any, block: Any, query: Any, steps: Any, base: Any, slop
 
 
 @intrinsic
-def sift(typing: Any, block: Any, query: Any, steps: Any, base: Any, slope: Any, limit: Any) -> Any:
+def sift(typing: Any, block: Any, query: Any, steps: Any, base: Any, slope: Any, limit: Any, ahead: Any) -> Any:
     """Which of sixteen coded rows may be near: bit ``r`` says norm_r + base - slope * <code_r, query> <= limit.
 
     ``block`` is the address of 16 norms (float32) and ``steps`` times 16 words of four codes; ``query`` that of
-    ``4 * steps`` signed bytes.
+    ``4 * steps`` signed bytes. As many lines are asked for from ``ahead`` on.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = [_I64, _I64, _I64, _F32, _F32, _F32]
+        kinds = [_I64, _I64, _I64, _F32, _F32, _F32, _I64]
         return builder.call(_private(builder, "hasten_sift", _I64, kinds, _sift_body), arguments)
 
     whole, real = types.int64, types.float32
-    return whole(whole, whole, whole, real, real, real), generate
+    return whole(whole, whole, whole, real, real, real, whole), generate
 
 
 def _centre_body(builder: Any, query: Any, head: Any, out: Any, lanes: Any) -> Any:

@@ -1,8 +1,8 @@
 """The cheapest knobs that meet a recall, or the best recall within a latency: measured, not guessed.
 
-Half of the queries choose, the other half judge, so that the recall that is reported was not chosen on. Lists and
-beam are tried on a ladder; the pruning share and the radius rule are then tried around the cheapest points and kept
-only where they pay.
+Half of the queries choose, the other half judge, so that the recall that is reported was not chosen on. The cheapest of
+many points is one that was lucky, so a point must meet the recall by one standard error. Lists and beam are tried on a
+ladder; the pruning share and the radius rule are then tried around the cheapest points and kept only where they pay.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Point:
     """of the pages read, mean"""
     distances: float
     """computed, mean"""
+    error: float = 0.0
+    """standard error of the recall"""
 
     def to_json(self) -> dict[str, Any]:
         """By name."""
@@ -105,6 +107,7 @@ def measure_point(
         index.search(queries, k, options=options, threads=1, detail=False)
         best = min(best, clock.now() - begin)
     told = hit.stats.mean()
+    each = (hit.ids[:, :k, None] == truth[:, None, :k]).any(1).mean(1)
     return Point(
         options,
         recall_of(hit.ids, truth, k),
@@ -113,6 +116,7 @@ def measure_point(
         told["reads"],
         told["bytes"],
         told["distances"],
+        float(each.std() / np.sqrt(len(each))),
     )
 
 
@@ -161,7 +165,9 @@ def tune_search(
         for lists in (m for m in LISTS if m <= beam):
             point = measure_point(index, *choose, k, SearchOptions(lists=lists, beam=beam, epsilon=1e15 - 1), rounds)
             points.append(point)
-            if (recall is not None and point.recall >= recall) or (limit is not None and point.seconds > limit):
+            if (recall is not None and point.recall - point.error >= recall) or (
+                limit is not None and point.seconds > limit
+            ):
                 break
     good = _candidates(points, recall, limit)
     for base in good[:3]:
@@ -199,5 +205,6 @@ def tune_search(
 def _candidates(points: list[Point], recall: float | None, limit: float | None) -> list[Point]:
     """Points that meet the goal, best first."""
     if recall is not None:
-        return sorted((p for p in points if p.recall >= recall), key=lambda p: p.seconds)
+        safe = [p for p in points if p.recall - p.error >= recall]
+        return sorted(safe or (p for p in points if p.recall >= recall), key=lambda p: p.seconds)
     return sorted((p for p in points if p.seconds <= (limit or 0.0)), key=lambda p: -p.recall)

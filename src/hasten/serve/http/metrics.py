@@ -32,6 +32,7 @@ _HELP = {
     "kv_store_written": "Pieces written.",
     "kv_store_bytes_written": "Bytes of those.",
     "kv_cache_bytes_per_token": "Bytes of keys and values that one token takes.",
+    "kv_cache_bits": "Bits of a number in the KV cache: 8 (codes, with a scale for each token and head), 16 or 32.",
     "request_success": "Requests that ended, by reason.",
     "request_retries": "Requests submitted again, to another replica, after their engine process had ended.",
     "engine_restarts": "Engine processes that ended unexpectedly.",
