@@ -70,13 +70,17 @@ def _assembly(builder: Any, name: str, kind: Any, total: Any, a: Any, b: Any) ->
 
 
 def dot_bfloat16(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """``total`` (16 float32) plus the products of the bfloat16 pairs in ``a`` and ``b`` (16 words each)."""
-    return _assembly(builder, "vdpbf16ps", FLOATS, total, a, b)
+    """``total`` (16 float32) plus the products of the bfloat16 pairs in ``a`` and ``b`` (16 words each).
+
+    A processor without the instruction compiles kernels that hold it, though it never runs them: nothing is added.
+    """
+    return _assembly(builder, "vdpbf16ps", FLOATS, total, a, b) if has_bfloat16() else total
 
 
 def dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
-    """``total`` (16 int32) plus the products of the four bytes in each word of ``unsigned`` and ``signed``."""
-    return _assembly(builder, "vpdpbusd", INTS, total, unsigned, signed)
+    """``total`` (16 int32) plus the products of the four bytes in each word of ``unsigned`` and ``signed``; as
+    :func:`dot_bfloat16` where there is no such instruction."""
+    return _assembly(builder, "vpdpbusd", INTS, total, unsigned, signed) if has_bytes() else total
 
 
 def pointer(builder: Any, address: Any, offset: int | Any, kind: Any) -> Any:

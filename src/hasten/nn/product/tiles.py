@@ -71,7 +71,12 @@ def granted() -> bool:
 
 
 def run_assembly(builder: Any, text: str, *operands: Any) -> None:
-    """An instruction on tiles; ``operands`` are whole numbers of 64 bits, called $0 and on."""
+    """An instruction on tiles; ``operands`` are whole numbers of 64 bits, called $0 and on.
+
+    Nothing where there are no tiles: such a processor compiles kernels that hold it, though it never runs them.
+    """
+    if not avx.has_tiles():
+        return
     kind = ir.FunctionType(ir.VoidType(), [o.type for o in operands])
     constraints = ",".join(["r"] * len(operands) + ["~{memory}"])
     builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), list(operands))
