@@ -102,14 +102,15 @@ def _dense(source: Any, info: Any, room: Any, sums: Any) -> None:
     inputs, half, panels = info[_INPUTS], pieces.padded(info[_INPUTS]) // 2, (info[_WIDTH] + PANEL - 1) // PANEL
     words = array_at(info[_PACKED], panels * pieces.PIECES * half * PANEL)
     packed = words.view(np.uint16).reshape(panels, pieces.PIECES * half, PANEL, 2)
-    lines = room[: GROUP * pieces.PIECES * 2 * half].reshape(GROUP, pieces.PIECES * 2 * half)
+    steps = pieces.PIECES * 2 * half // 32
+    lines = room.reshape(-1)[: GROUP * steps * 32].reshape(GROUP // 16, steps, 16, 32)
     place, begin = 0, 0
     for t in range(source.shape[0]):
         for n in range(source.shape[1]):
             if _ones(source[t, n]) > info[_LIMIT]:
-                pieces.fill_row(source[t, n].view(np.uint8)[:inputs], lines[place], half)
+                pieces.fill_row(source[t, n].view(np.uint8)[:inputs], lines, place)
                 place += 1
-                if place == lines.shape[0]:
+                if place == GROUP:
                     pieces.rows_times(lines, place, packed, 0, panels, sums[begin:])
                     begin, place = begin + place, 0
     pieces.rows_times(lines, place, packed, 0, panels, sums[begin:])
@@ -184,7 +185,7 @@ def _share(x: Any, table: Any, span: int, low: int, high: int, out: Any, full: A
     outputs = 0
     for k in range(links):
         widest, outputs = max(widest, (table[k, _INPUTS] + 7) // 8), max(outputs, table[k, _WIDTH])
-    room = np.empty(GROUP * pieces.PIECES * pieces.padded(8 * widest), np.uint16)  # memory only where it is touched
+    room = pieces.room_for(8 * widest)  # memory only where it is touched
     space = np.empty((span * here + 15) // 16 * 16 * outputs, np.float32)
     held = np.empty((2, span * here * widest), np.uint64)
     last = np.empty(span * here * width, np.float32)

@@ -18,14 +18,14 @@ from numba import njit
 from hasten.nn.product import tiles
 from hasten.nn.product.blocks import GROUP, PANEL, aligned
 
-__all__ = ["PIECES", "available", "fill_row", "pack", "padded", "rows_times"]
+__all__ = ["PIECES", "available", "fill_row", "pack", "padded", "room_for", "rows_times"]
 
 PIECES = 3
 """bfloat16 numbers that make a float32 number"""
 _TILE = 32  # inputs of a tile
 _ONE = np.uint16(0x3F80)  # 1 as bfloat16
 
-_arrange, _panels = tiles.arrange, tiles.panels
+_panels, _room = tiles.panels, tiles.room_for
 
 
 def available() -> bool:
@@ -81,29 +81,37 @@ def pack(weight: Any) -> Any:
     return packed
 
 
+@njit(cache=True)
+def room_for(inputs: int) -> Any:
+    """Tiles (sixteens, steps, 16 rows, 32) of bfloat16 for ``GROUP`` rows of so many inputs, pieces behind one another:
+    what :func:`fill_row` fills."""
+    steps = PIECES * padded(inputs) // _TILE
+    return _room(GROUP * steps * 64).view(np.uint16).reshape((GROUP // 16, steps, 16, _TILE))
+
+
 @njit(cache=True, error_model="numpy")
-def fill_row(source: Any, line: Any, half: int) -> None:
-    """line (3 · 2 half,) of bfloat16: ``source`` != 0, three times, each filled up with zeros."""
-    inputs = source.shape[0]
-    for i in range(inputs):
-        line[i] = _ONE if source[i] != 0 else np.uint16(0)
-    for i in range(inputs, 2 * half):
-        line[i] = np.uint16(0)
-    for piece in range(1, PIECES):
-        start = 2 * half * piece
-        for i in range(2 * half):
-            line[start + i] = line[i]
+def fill_row(source: Any, lines: Any, place: int) -> None:
+    """Row number ``place`` of ``lines``: ``source`` (inputs,) != 0 as bfloat16, three times."""
+    part, row = lines[place // 16], place % 16
+    steps = lines.shape[1] // PIECES
+    for step in range(steps):
+        line, given = part[step, row], source[step * _TILE : (step + 1) * _TILE]
+        for i in range(len(given)):
+            line[i] = _ONE if given[i] != 0 else np.uint16(0)
+        line[len(given) :] = 0
+        for piece in range(1, PIECES):
+            part[piece * steps + step, row] = line
 
 
 @njit(cache=True, error_model="numpy")
 def rows_times(lines: Any, count: int, packed: Any, first: int, last: int, sums: Any) -> None:
     """sums (≥ count, 64 (last - first)) = ``count`` rows of ``lines`` times the panels ``first`` to ``last``.
 
-    Rows are taken sixteen at a time, so that a row's bits do not depend on how many there are; ``lines`` and ``sums``
-    have room for the rest of the sixteen.
+    Rows are taken sixteen at a time, so that a row's bits do not depend on how many there are; ``sums`` has room for
+    the rest of the sixteen.
     """
     if count > 0 and last > first:
         tall = (count + 15) // 16 * 16
         items = (last - first) * ((tall + GROUP - 1) // GROUP)
-        rows = lines[:tall]
-        _panels(rows, _arrange(rows), packed[first:last], np.empty(0, np.float32), sums[:tall], 0, items)
+        rows = lines.reshape((-1, lines.shape[1] * _TILE))[:tall]  # all inputs fill tiles: it is not looked at
+        _panels(rows, lines, packed[first:last], np.empty(0, np.float32), sums[:tall], 0, items)

@@ -30,7 +30,6 @@ from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 __all__ = [
     "FEWEST",
     "TILE",
-    "arrange",
     "arrange_row",
     "byte_panels",
     "close_tiles",
@@ -248,18 +247,9 @@ def _tiles_for(x: Any) -> Any:
     return room_for(count * steps * TILE).view(x.dtype).reshape((count, steps, 16, width))
 
 
-@njit(cache=True, error_model="numpy")
-def arrange(x: Any) -> Any:
-    """x (rows, in) -> (sixteens, steps, 16, 64 bytes); rows that fill a tile up hold anything."""
-    tiles = _tiles_for(x)
-    for row in range(len(x)):
-        arrange_row(x[row], tiles, row)
-    return tiles
-
-
 @njit(cache=True, parallel=True, error_model="numpy")
 def _arranged(x: Any) -> Any:
-    """As :func:`arrange`, by all threads."""
+    """x (rows, in) -> (sixteens, steps, 16, 64 bytes); rows that fill a tile up hold anything."""
     tiles = _tiles_for(x)
     for row in prange(len(x)):
         arrange_row(x[row], tiles, row)
