@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.nn.product import FORMATS, bfloat16, supported, tiles
+from hasten.nn.product import FORMATS, bfloat16, instructions, supported, tiles
 
 NONE = np.empty(0, np.float32)
 PRECISIONS = [p for p in FORMATS if supported(p)]
@@ -136,3 +136,11 @@ def test_tiles_of_bytes_give_the_same_bits(rows, out, inner):
     int8.multiply(words(x), packed, bias, one)
     tiles.multiply_bytes(words(x), packed, bias, other)
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_processor_without_the_instructions_compiles_kernels_that_hold_them(monkeypatch):
+    monkeypatch.setattr(instructions, "_features", dict)
+    total = object()
+    assert instructions.dot_bfloat16(None, total, None, None) is total  # the builder is not even asked
+    assert instructions.dot_bytes(None, total, None, None) is total
+    assert tiles.run_assembly(None, "tilerelease") is None
