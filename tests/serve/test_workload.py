@@ -46,7 +46,7 @@ def test_mooncake_rows_are_milliseconds_and_keep_their_prefixes(tmp_path):
     [
         (b"a,b\n1,2\n", "expected a CSV"),
         (b"", "holds no request"),
-        (gzip.compress(AZURE.encode())[:40], "cannot read"),
+        (gzip.compress(AZURE.encode(), mtime=0)[:40], "cannot read"),
         (b"\xff\xfe\x00", "cannot read"),
         (b'{"timestamp": 1}\n', "input_length"),
         (b"TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "no trace"),
