@@ -281,14 +281,16 @@ def _warm_up(engine: Engine) -> None:
     """Run each kind of step once, so that no request pays for a first time; then forget it."""
     from hasten.language.params import SamplingParams
 
-    length = max(1, min(32, engine.max_model_len - 4))
-    room = max(1, min(3, engine.max_model_len - length))
-    prompts = [[i % engine.vocab_size for i in range(n, n + length)] for n in range(2)]
-    for temperature in (0.0, 1.0):
+    limit = engine.max_model_len - 4
+    # A prompt that attention takes as one piece and one that it takes row by row; guesses for two and for more.
+    lengths = [max(1, min(length, limit)) for length in (48, 16, 48, 16)]
+    room = max(1, min(3, engine.max_model_len - max(lengths)))
+    prompts = [[i % engine.vocab_size for i in range(n, n + length)] for n, length in enumerate(lengths)]
+    for temperature, count in ((0.0, 2), (0.0, 4), (1.0, 2)):
         params = SamplingParams(
             max_tokens=room, temperature=temperature, top_p=0.9 if temperature else 1.0, ignore_eos=True
         )
-        for prompt in prompts:
+        for prompt in prompts[:count]:
             engine.add(prompt, params)
         while engine.has_work:
             engine.step()
