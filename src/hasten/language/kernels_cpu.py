@@ -74,12 +74,18 @@ class Step:
         """Where to cut (token, key head) items so that each thread reads about as many keys: (threads + 1,)."""
         cuts = self.cuts.get(kv_heads)
         if cuts is None:
-            threads = numba.get_num_threads()
-            cost = np.cumsum(np.repeat(self.places + 1, kv_heads))
-            inner = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
-            cuts = np.concatenate(([0], inner, [len(cost)])).astype(np.int64)
-            self.cuts[kv_heads] = cuts
+            cuts = self.cuts[kv_heads] = cut_rows(self.places, kv_heads, numba.get_num_threads())
         return cuts
+
+
+def cut_rows(places: Any, kv_heads: int, threads: int) -> Any:
+    """Where to cut (token, key head) items so that each thread reads about as many keys: (threads + 1,).
+
+    places (tokens,): the last slot that each token sees; -1 for one that is left out.
+    """
+    cost = np.cumsum(np.repeat(places + 1, kv_heads))
+    inner = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
+    return np.concatenate(([0], inner, [len(cost)])).astype(np.int64)
 
 
 def prepare(batch: RaggedBatch) -> Step:

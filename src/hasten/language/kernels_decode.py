@@ -22,10 +22,11 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
 from hasten.language.kernels_paged import LOWEST, PAGE, floats, larger, shuffle
-from hasten.language.kernels_tiles import FIELDS, _pointer, _power
+from hasten.language.kernels_tiles import FIELDS, power
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
+from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, opener, run_assembly
 
 __all__ = ["PAGES", "code_for", "lanes_of"]
@@ -41,6 +42,7 @@ _INT = ir.IntType(32)
 # Plain functions call these and become kernels later; a type checker knows the intrinsics by their own parameters only.
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 _close: Any = close_tiles
+_pointer: Any = pointer
 _as_float: Any = float_of_bits
 
 
@@ -129,7 +131,7 @@ def _soften_of(lanes: int) -> Any:
             avx.store(builder, now, top, 0)
             # Above all scores of keys that are not seen, also where no key is.
             under = builder.fsub(nothing, larger(builder)(now, floats(LOWEST * 1e-3)))
-            faded = _power(builder, builder.fadd(before, under))
+            faded = power(builder, builder.fadd(before, under))
             avx.store(builder, faded, fade, 0)
             builder.store(nothing, total)
             with cgutils.for_range(builder, count) as loop:
@@ -138,7 +140,7 @@ def _soften_of(lanes: int) -> Any:
                 for key in range(PAGE):
                     where = builder.add(at, ir.Constant(_WORD, key * LINE))
                     score = avx.load(builder, scores, where, avx.FLOATS)
-                    share = _power(builder, avx.multiply_add(builder, score, factor, under))
+                    share = power(builder, avx.multiply_add(builder, score, factor, under))
                     share = builder.select(seen(loop.index, key), share, nothing)
                     avx.store(builder, share, scores, where)
                     sums = builder.fadd(sums, share)

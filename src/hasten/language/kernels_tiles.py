@@ -27,9 +27,10 @@ from hasten.language.kernels_tiles_codes import STEP, in_two, join_scores, pair_
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
+from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, granted, open_tiles, run_assembly
 
-__all__ = ["FAR", "FIELDS", "KEYS", "PAGE", "SEGMENTS", "code_of", "plan", "takes"]
+__all__ = ["FAR", "FIELDS", "KEYS", "PAGE", "SEGMENTS", "code_of", "plan", "power", "takes"]
 
 PAGE = avx.LANES
 """Keys of a page."""
@@ -50,6 +51,7 @@ _WORD = ir.IntType(64)
 # Plain functions call these and become kernels later; a type checker knows the intrinsics by their own parameters only.
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 _as_float: Any = float_of_bits
+_pointer: Any = pointer
 _open: Any = open_tiles
 _close: Any = close_tiles
 _join: Any = join_scores
@@ -199,7 +201,7 @@ def _turn(typing: Any, lines: Any, steps: Any, out: Any) -> Any:
     return types.void(*[types.intp] * 3), generate
 
 
-def _power(builder: Any, x: Any) -> Any:
+def power(builder: Any, x: Any) -> Any:
     """2**x for x up to 0: exactly 1 at 0, 0 far below, else to about 1e-6, far below the rounding to bfloat16."""
     one = ir.FunctionType(avx.FLOATS, [avx.FLOATS])
     n = builder.call(ir.InlineAsm(one, "vrndscaleps $$8, $1, $0", "=v,v"), [x])
@@ -247,7 +249,7 @@ def _soften(
         avx.store(builder, now, top, 0)
         # Above all scores of keys that are not seen, also where no key is.
         under = builder.fsub(floats(0.0), larger(builder)(now, floats(LOWEST * 1e-3)))
-        faded = _power(builder, builder.fadd(before, under))
+        faded = power(builder, builder.fadd(before, under))
         avx.store(builder, faded, fade, 0)
         total: Any = cgutils.alloca_once_value(builder, floats(0.0))  # type: ignore[no-untyped-call]
         sixteen = ir.Constant(avx.INTS, [16] * avx.LANES)
@@ -267,7 +269,7 @@ def _soften(
                     for side in range(2):
                         key = builder.add(scaled(builder, loop.index, 32), ir.Constant(_WORD, 2 * i + side))
                         score = avx.load(builder, scores, scaled(builder, key, LINE), avx.FLOATS)
-                        share = _power(builder, avx.multiply_add(builder, score, factor, under))
+                        share = power(builder, avx.multiply_add(builder, score, factor, under))
                         rounded = bits(share)
                         if scale is None:
                             share = builder.bitcast(rounded, avx.FLOATS)
@@ -400,16 +402,6 @@ def split(starts: Any, places: Any, most: int) -> Any:
                 row += 1
         begins[chunk] = row
     return begins, near
-
-
-@_intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    """The address as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), generate
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")

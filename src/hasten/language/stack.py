@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.language import kernels_decode, kernels_tiles
 from hasten.language.config import DecoderConfig
-from hasten.language.kernels_cpu import PARALLEL_WORK, Step
+from hasten.language.kernels_cpu import PARALLEL_WORK, Step, cut_rows
 from hasten.language.kernels_paged import PAGE, paged_kernel_takes
 from hasten.language.kernels_tiles import FAR, plan, split
 
@@ -19,7 +19,6 @@ __all__ = ["Stack"]
 _NO_QUERIES = np.empty((0, 0, 0, 0), np.uint16)
 _NO_ITEMS = np.empty((0, 6), np.int64)
 _NO_STATES = np.empty((0, 0, 0), np.float32)
-_NO_CODE = np.zeros(3, np.int64)
 _NONE = np.zeros(0, np.int64)
 _PIECE = 32
 """Rows of a chunk from which it is a piece of a prompt, whose bits need not be those of rows that come one by one."""
@@ -41,12 +40,12 @@ class Stack:
         self._rest = rest
         self.deterministic = False
         """whether a row must have the same bits however long its chunk is"""
-        self._code = self._near_code = _NO_CODE
+        self._attend = self._merge = self._single = 0  # addresses of compiled code, where this processor has tiles
         if kernels_tiles.takes(PAGE, config.head_dim):
+            self._attend, self._merge = (kernels_tiles.code_of(name).address for name in ("attend", "merge"))
             lanes = kernels_decode.lanes_of(config.num_heads // config.num_kv_heads)
-            single = kernels_decode.code_for(lanes).address if lanes and config.head_dim % 64 == 0 else 0
-            self._near_code = np.array([0, 0, single], np.int64)
-            self._code = np.array([*(kernels_tiles.code_of(n).address for n in ("attend", "merge")), single], np.int64)
+            if lanes and config.head_dim % 64 == 0:
+                self._single = kernels_decode.code_for(lanes).address
         self._widest = -(-max(int(matrices[..., 2].max()), int(head[2])) // 32) * 32
 
     @classmethod
@@ -100,15 +99,16 @@ class Stack:
             kept = np.empty((config.num_layers, len(step.positions), heads, config.head_dim), np.uint16)
         work = step.work * heads * config.head_dim * 2
         tables = np.ascontiguousarray(step.tables)
-        code = self._near_code if cache.precision != "int8" else _NO_CODE
+        coded = cache.precision == "int8"
+        code = np.array([0, 0, 0 if coded else self._single], np.int64)
         items, merges, states, cuts = _NO_ITEMS, _NO_ITEMS, _NO_STATES, _NONE
         near, shares = step.places, _NONE
         rows = len(step.places) * kv_heads
         longest = int(np.diff(step.starts).max(initial=0)) if len(step.places) > len(step.starts) else 1
         pieces = 1 << 30 if self.deterministic else _PIECE
-        fits = kernels_tiles.takes(PAGE, config.head_dim, cache.precision == "int8")
-        if self._code[0] and fits and (longest > pieces or int(near.max(initial=0)) >= FAR):
-            code = self._code if code[2] else np.array([*self._code[:2], 0], np.int64)
+        fits = self._attend and kernels_tiles.takes(PAGE, config.head_dim, coded)
+        if fits and (longest > pieces or int(near.max(initial=0)) >= FAR):
+            code[:2] = self._attend, self._merge
             begins, near = split(step.starts, step.places, pieces)
             parts = 1 if work < PARALLEL_WORK else threads()
             items, merges, cuts, count, most = plan(
@@ -116,7 +116,9 @@ class Stack:
             )
             cuts = cuts if len(items) > 1 else np.array([0, len(items)], np.int64)
             states = np.empty((count, most * 16, config.head_dim + 2), np.float32)
-            shares = np.array([0, rows], np.int64) if (near >= 0).any() else _NONE
+            if (near >= 0).any():
+                few = work < PARALLEL_WORK or rows < 2
+                shares = np.array([0, rows], np.int64) if few else cut_rows(near, kv_heads, threads())
         elif work < PARALLEL_WORK or rows < 2:
             shares = np.array([0, rows], np.int64)
         else:

@@ -30,6 +30,7 @@ __all__ = [
     "group_of",
     "inputs_for",
     "part",
+    "pointer",
     "prepare_row",
     "width_of",
 ]
@@ -41,7 +42,7 @@ many rows go through matrix tiles."""
 
 
 @intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
+def pointer(typing: Any, address: Any) -> Any:
     """The address as a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -53,7 +54,7 @@ def _pointer(typing: Any, address: Any) -> Any:
 @njit(cache=True)
 def array_at(address: Any, count: Any) -> Any:
     """``count`` float32 at ``address``; none where the address is 0."""
-    return carray(_pointer(address), (count if address != 0 else 0,), np.float32)
+    return carray(pointer(address), (count if address != 0 else 0,), np.float32)
 
 
 def describe(precision: str, packed: Any, bias: Any, out_features: int, in_features: int) -> Any:
@@ -102,12 +103,12 @@ def inputs_for(x: Any, forms: Any) -> Any:
 
 @njit(cache=True)
 def _word_tiles(room: Any, rows: int, ins: int) -> Any:
-    return carray(_pointer(room), (tiles.sixteens_of(rows), ins // 32, 16, 32), np.uint16)
+    return carray(pointer(room), (tiles.sixteens_of(rows), ins // 32, 16, 32), np.uint16)
 
 
 @njit(cache=True)
 def _byte_tiles(room: Any, rows: int, ins: int) -> Any:
-    return carray(_pointer(room), (tiles.sixteens_of(rows), ins // 64, 16, 64), np.int8)
+    return carray(pointer(room), (tiles.sixteens_of(rows), ins // 64, 16, 64), np.int8)
 
 
 @njit(cache=True, error_model="numpy")
@@ -134,19 +135,19 @@ _LEAF = types.void(*[types.intp] * 10)
 def _bf16_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (6,), np.int64)
-    x = carray(_pointer(where[0]), (rows, ins), np.uint16)
-    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    bfloat16.panels(x, panels, array_at(bias, outs), carray(_pointer(out), (rows, outs), np.float32), first, last)
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
+    bfloat16.panels(x, panels, array_at(bias, outs), carray(pointer(out), (rows, outs), np.float32), first, last)
 
 
 def _bf16_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (6,), np.int64)
-    x = carray(_pointer(where[0]), (rows, ins), np.uint16)
-    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    target = carray(_pointer(out), (rows, outs), np.float32)
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
+    target = carray(pointer(out), (rows, outs), np.float32)
     if rows >= tiles.FEWEST:
         tiles.panels(x, _word_tiles(where[4], rows, ins), panels, array_at(bias, outs), target, first, last)
     else:
@@ -156,28 +157,28 @@ def _bf16_tiles_leaf(
 def _int8_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (6,), np.int64)
+    where = carray(pointer(inputs), (6,), np.int64)
     widest, quads = where[5], (ins + 3) // 4
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(_pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(_pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(_pointer(where[3]), (rows, groups), np.float32)
-    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
-    target = carray(_pointer(out), (rows, outs), np.float32)
+    x = carray(pointer(where[1]), (rows, widest), np.int8)
+    starts = carray(pointer(where[2]), (rows, groups), np.int32)
+    scales = carray(pointer(where[3]), (rows, groups), np.float32)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
     int8.panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
 
 
 def _int8_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (6,), np.int64)
+    where = carray(pointer(inputs), (6,), np.int64)
     widest, quads = where[5], (ins + 3) // 4
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(_pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(_pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(_pointer(where[3]), (rows, groups), np.float32)
-    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
-    target = carray(_pointer(out), (rows, outs), np.float32)
+    x = carray(pointer(where[1]), (rows, widest), np.int8)
+    starts = carray(pointer(where[2]), (rows, groups), np.int32)
+    scales = carray(pointer(where[3]), (rows, groups), np.float32)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
     if rows >= tiles.FEWEST:
         lines = _byte_tiles(where[4], rows, ins)
         tiles.byte_panels(
@@ -190,15 +191,15 @@ def _int8_tiles_leaf(
 def _int4_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(_pointer(inputs), (6,), np.int64)
+    where = carray(pointer(inputs), (6,), np.int64)
     widest = where[5]
     groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(_pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(_pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(_pointer(where[3]), (rows, groups), np.float32)
+    x = carray(pointer(where[1]), (rows, widest), np.int8)
+    starts = carray(pointer(where[2]), (rows, groups), np.int32)
+    scales = carray(pointer(where[3]), (rows, groups), np.float32)
     own = (ins + int4.INPUTS - 1) // int4.INPUTS
-    panels = carray(_pointer(weights), ((outs + PANEL - 1) // PANEL, own, int4.BYTES), np.uint8)
-    target = carray(_pointer(out), (rows, outs), np.float32)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, own, int4.BYTES), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
     int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
 
 
