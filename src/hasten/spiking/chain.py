@@ -102,8 +102,7 @@ def _dense(source: Any, info: Any, room: Any, sums: Any) -> None:
     inputs, half, panels = info[_INPUTS], pieces.padded(info[_INPUTS]) // 2, (info[_WIDTH] + PANEL - 1) // PANEL
     words = array_at(info[_PACKED], panels * pieces.PIECES * half * PANEL)
     packed = words.view(np.uint16).reshape(panels, pieces.PIECES * half, PANEL, 2)
-    steps = pieces.PIECES * 2 * half // 32
-    lines = room.reshape(-1)[: GROUP * steps * 32].reshape(GROUP // 16, steps, 16, 32)
+    lines = pieces.lines_in(room, inputs)
     place, begin = 0, 0
     for t in range(source.shape[0]):
         for n in range(source.shape[1]):

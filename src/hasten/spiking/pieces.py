@@ -18,7 +18,7 @@ from numba import njit
 from hasten.nn.product import tiles
 from hasten.nn.product.blocks import GROUP, PANEL, aligned
 
-__all__ = ["PIECES", "available", "fill_row", "pack", "padded", "room_for", "rows_times"]
+__all__ = ["PIECES", "available", "fill_row", "lines_in", "pack", "padded", "room_for", "rows_times"]
 
 PIECES = 3
 """bfloat16 numbers that make a float32 number"""
@@ -85,8 +85,14 @@ def pack(weight: Any) -> Any:
 def room_for(inputs: int) -> Any:
     """Tiles (sixteens, steps, 16 rows, 32) of bfloat16 for ``GROUP`` rows of so many inputs, pieces behind one another:
     what :func:`fill_row` fills."""
+    return lines_in(_room(GROUP * PIECES * padded(inputs) * 2).view(np.uint16), inputs)
+
+
+@njit(cache=True)
+def lines_in(room: Any, inputs: int) -> Any:
+    """The first numbers of ``room`` as such tiles."""
     steps = PIECES * padded(inputs) // _TILE
-    return _room(GROUP * steps * 64).view(np.uint16).reshape((GROUP // 16, steps, 16, _TILE))
+    return room.reshape(-1)[: GROUP * steps * _TILE].reshape((GROUP // 16, steps, 16, _TILE))
 
 
 @njit(cache=True, error_model="numpy")

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 import hasten.retrieve as hr
+from hasten.retrieve.index.format import seed_arrays
+from hasten.retrieve.index.heads import make_seeds
+from hasten.retrieve.index.links import link_heads
+from hasten.retrieve.index.metric import factors, mapped
 
 
 def brute(rows, queries, metric, k, names=None):
@@ -35,6 +39,29 @@ def same_answers(hit, rows, queries, metric, k, names=None, tolerance=1e-4):
         own = np.array([place[int(i)] for i in ids])
         _, again = brute(np.asarray(rows)[own], queries[q : q + 1], metric, len(ids))
         np.testing.assert_allclose(np.sort(again[0]), np.sort(wanted[q]), atol=tolerance * scale)
+
+
+def link(heads, metric=0, degree=16, threads=1, alpha=1.0):
+    """Factors, graph, seeds and the largest norm of heads that are linked in a random order."""
+    largest = float(np.linalg.norm(heads, axis=1).max())
+    extra = factors(heads, metric, largest)
+    seeds = seed_arrays(heads, make_seeds(mapped(heads, metric, largest)))
+    graph = np.full((len(heads), degree), -1, np.int32)
+    order = np.random.default_rng(0).permutation(len(heads))
+    link_heads(heads, extra, graph, seeds, metric, largest, order, alpha=alpha, threads=threads)
+    return extra, graph, seeds, largest
+
+
+@pytest.fixture(scope="session")
+def linked():
+    """:func:`link`, for tests."""
+    return link
+
+
+@pytest.fixture(scope="session")
+def squares():
+    """Squared distances of all pairs of rows, in float64."""
+    return lambda left, right: ((left[:, None].astype(np.float64) - right[None]) ** 2).sum(-1)
 
 
 @pytest.fixture(scope="session")

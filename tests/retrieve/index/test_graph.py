@@ -9,43 +9,19 @@ import hasten.retrieve as hr
 from hasten.retrieve.index.assign import assign_rows, cut_lists
 from hasten.retrieve.index.format import seed_arrays
 from hasten.retrieve.index.heads import make_seeds
-from hasten.retrieve.index.links import link_heads, prune
+from hasten.retrieve.index.links import prune
 from hasten.retrieve.index.metric import factors, mapped, prepare
 from hasten.retrieve.index.walk import marks
 
 METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 
 
-def linked(heads, metric=0, degree=16, threads=1, alpha=1.0):
-    largest = float(np.linalg.norm(heads, axis=1).max())
-    extra = factors(heads, metric, largest)
-    groups = make_seeds(mapped(heads, metric, largest))
-    seeds = seed_arrays(heads, groups)
-    graph = np.full((len(heads), degree), -1, np.int32)
-    link_heads(
-        heads,
-        extra,
-        graph,
-        seeds,
-        metric,
-        largest,
-        np.random.default_rng(0).permutation(len(heads)),
-        alpha=alpha,
-        threads=threads,
-    )
-    return extra, graph, seeds, largest
-
-
-def squares(left, right):
-    return ((left[:, None].astype(np.float64) - right[None]) ** 2).sum(-1)
-
-
-def test_the_graph_does_not_depend_on_the_number_of_threads():
+def test_the_graph_does_not_depend_on_the_number_of_threads(linked):
     heads, _ = hr.clustered(1500, 8)
     np.testing.assert_array_equal(linked(heads)[1], linked(heads, threads=3)[1])
 
 
-def test_edges_are_heads_and_no_head_is_its_own_neighbour():
+def test_edges_are_heads_and_no_head_is_its_own_neighbour(linked):
     heads, _ = hr.clustered(800, 8)
     _, graph, _, _ = linked(heads, degree=8)
     assert graph.max() < 800
@@ -57,7 +33,7 @@ def test_edges_are_heads_and_no_head_is_its_own_neighbour():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 500), degree=st.integers(1, 10), alpha=st.sampled_from([1.0, 1.2]))
-def test_the_rng_rule_in_words(seed, degree, alpha):
+def test_the_rng_rule_in_words(squares, seed, degree, alpha):
     rng = np.random.default_rng(seed)
     heads = rng.normal(size=(40, 5)).astype(np.float32)
     point = rng.normal(size=(1, 5)).astype(np.float32)
@@ -87,7 +63,7 @@ def test_the_rng_rule_in_words(seed, degree, alpha):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rule", [True, False])
-def test_closure_in_words(metric, rule):
+def test_closure_in_words(squares, metric, rule):
     rows, _ = hr.clustered(400, 7)
     code = METRICS[metric]
     heads, others = np.ascontiguousarray(rows[:120]), np.ascontiguousarray(rows[120:])

@@ -4,66 +4,35 @@ import numpy as np
 import pytest
 
 import hasten.retrieve as hr
-from hasten.retrieve.index.format import seed_arrays
-from hasten.retrieve.index.heads import make_seeds
-from hasten.retrieve.index.links import link_heads
-from hasten.retrieve.index.metric import factors, mapped, prepare
+from hasten.retrieve.index.metric import mapped, prepare
 from hasten.retrieve.index.walk import LANES, marks, walk_many
 
 METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 
 
-def linked(heads, metric=0, degree=16, threads=1, alpha=1.0):
-    largest = float(np.linalg.norm(heads, axis=1).max())
-    extra = factors(heads, metric, largest)
-    groups = make_seeds(mapped(heads, metric, largest))
-    seeds = seed_arrays(heads, groups)
-    graph = np.full((len(heads), degree), -1, np.int32)
-    link_heads(
-        heads,
-        extra,
-        graph,
-        seeds,
-        metric,
-        largest,
-        np.random.default_rng(0).permutation(len(heads)),
-        alpha=alpha,
-        threads=threads,
-    )
-    return extra, graph, seeds, largest
+def walk(prepared, heads, graph, beam, *, metric=0, most=1 << 30, state=None):
+    """What the walk finds for each query: distances and heads (queries, beam), how many, and how many it looked at.
 
-
-def squares(left, right):
-    return ((left[:, None].astype(np.float64) - right[None]) ** 2).sum(-1)
+    ``prepared`` of :func:`prepare`; ``graph`` of the fixture ``linked``; ``state``: marks to go on with.
+    """
+    extra, edges, seeds, _ = graph
+    count = len(prepared[0])
+    out = np.empty((count, beam), np.float32), np.empty((count, beam), np.int32)
+    told = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    state = marks(len(heads), edges.shape[1]) if state is None else state
+    walk_many(*prepared, heads, extra, edges, seeds, metric, beam, most, state, *out, *told)
+    return (*out, *told)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_walk_finds_the_nearest_heads(metric):
+def test_the_walk_finds_the_nearest_heads(linked, squares, metric):
     heads, queries = hr.clustered(2500, 10, 100)
     code = METRICS[metric]
-    extra, graph, seeds, largest = linked(heads, code)
-    prepared, consts, augs = prepare(queries, code, largest)
-    pool_d, pool_i = np.empty((100, 64), np.float32), np.empty((100, 64), np.int32)
-    sizes, checks = np.zeros(100, np.int64), np.zeros(100, np.int64)
-    walk_many(
-        prepared,
-        consts,
-        augs,
-        heads,
-        extra,
-        graph,
-        seeds,
-        code,
-        64,
-        1 << 30,
-        marks(2500, 16),
-        pool_d,
-        pool_i,
-        sizes,
-        checks,
-    )
-    rows = mapped(heads, code, largest)
-    asked = prepared[:, : rows.shape[1]].copy()
+    graph = linked(heads, code)
+    prepared = prepare(queries, code, graph[3])
+    pool_d, pool_i, _, checks = walk(prepared, heads, graph, 64, metric=code)
+    rows = mapped(heads, code, graph[3])
+    asked = prepared[0][:, : rows.shape[1]].copy()
     if code == 2:
         asked[:, -1] = 0
     true = squares(asked, rows)
@@ -76,77 +45,30 @@ def test_the_walk_finds_the_nearest_heads(metric):
     assert all(len(set(row.tolist())) == 64 for row in pool_i)
 
 
-def test_max_check_bounds_the_walk():
+def test_max_check_bounds_the_walk(linked):
     heads, queries = hr.clustered(2000, 10, 20)
-    extra, graph, seeds, _ = linked(heads)
-    checks = np.zeros(20, np.int64)
-    prepared, consts, augs = prepare(queries, 0, 0.0)
-    walk_many(
-        prepared,
-        consts,
-        augs,
-        heads,
-        extra,
-        graph,
-        seeds,
-        0,
-        64,
-        150,
-        marks(2000, 16),
-        np.empty((20, 64), np.float32),
-        np.empty((20, 64), np.int32),
-        np.zeros(20, np.int64),
-        checks,
-    )
-    assert checks.max() <= 150 + graph.shape[1]
+    graph = linked(heads)
+    checks = walk(prepare(queries, 0, 0.0), heads, graph, 64, most=150)[3]
+    assert checks.max() <= 150 + graph[1].shape[1]
 
 
-def test_marks_survive_their_wrap():
+def test_marks_survive_their_wrap(linked):
     heads, queries = hr.clustered(300, 6, 1)
-    extra, graph, seeds, _ = linked(heads)
-    prepared, consts, augs = prepare(queries, 0, 0.0)
-    state = marks(300, 16)
+    graph, prepared, state = linked(heads), prepare(queries, 0, 0.0), marks(300, 16)
     answers = []
     for start in (0, 251, 252, 253):
         state[1][:] = start
-        out = np.empty((1, 16), np.int32)
-        for _ in range(3):
-            walk_many(
-                prepared,
-                consts,
-                augs,
-                heads,
-                extra,
-                graph,
-                seeds,
-                0,
-                16,
-                1 << 30,
-                state,
-                np.empty((1, 16), np.float32),
-                out,
-                np.zeros(1, np.int64),
-                np.zeros(1, np.int64),
-            )
-            answers.append(out.copy())
+        answers += [walk(prepared, heads, graph, 16, state=state)[1] for _ in range(3)]
     assert all(np.array_equal(a, answers[0]) for a in answers)
 
 
 @pytest.mark.parametrize("beam", [5, 16, 40])
-def test_queries_that_walk_in_turns_find_what_each_finds_alone(beam):
+def test_queries_that_walk_in_turns_find_what_each_finds_alone(linked, beam):
     heads, queries = hr.clustered(1500, 9, 4 * LANES + 3)
-    extra, graph, seeds, _ = linked(heads)
-    prepared, consts, augs = prepare(queries, 0, 0.0)
-    state = marks(1500, 16)
+    graph, prepared, state = linked(heads), prepare(queries, 0, 0.0), marks(1500, 16)
 
     def walked(cut):
-        count = len(prepared[cut])
-        out = np.empty((count, beam), np.float32), np.empty((count, beam), np.int32)
-        told = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        walk_many(
-            prepared[cut], consts[cut], augs[cut], heads, extra, graph, seeds, 0, beam, 1 << 30, state, *out, *told
-        )
-        return [*out, *told]
+        return walk([part[cut] for part in prepared], heads, graph, beam, state=state)
 
     together = walked(slice(None))
     alone = [np.concatenate(x) for x in zip(*(walked(slice(q, q + 1)) for q in range(len(queries))), strict=True)]
@@ -154,29 +76,9 @@ def test_queries_that_walk_in_turns_find_what_each_finds_alone(beam):
         np.testing.assert_array_equal(one, other)
 
 
-def test_few_heads_are_all_found():
+def test_few_heads_are_all_found(linked):
     heads = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    extra, graph, seeds, _ = linked(heads)
-    prepared, consts, augs = prepare(heads, 0, 0.0)
-    out_d, out_i = np.empty((7, 20), np.float32), np.empty((7, 20), np.int32)
-    sizes = np.zeros(7, np.int64)
-    walk_many(
-        prepared,
-        consts,
-        augs,
-        heads,
-        extra,
-        graph,
-        seeds,
-        0,
-        20,
-        1 << 30,
-        marks(7, 16),
-        out_d,
-        out_i,
-        sizes,
-        np.zeros(7, np.int64),
-    )
+    _, found, sizes, _ = walk(prepare(heads, 0, 0.0), heads, linked(heads), 20)
     assert (sizes == 7).all()
-    assert (out_i[:, 0] == np.arange(7)).all()
-    assert all(sorted(row[:7].tolist()) == list(range(7)) for row in out_i)
+    assert (found[:, 0] == np.arange(7)).all()
+    assert all(sorted(row[:7].tolist()) == list(range(7)) for row in found)

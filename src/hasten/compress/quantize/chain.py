@@ -9,10 +9,13 @@ and else the model is run up to the block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hasten.compress.quantize.arrivals import arrivals
 
 __all__ = ["BlockChain", "blocks_of"]
 
@@ -26,10 +29,6 @@ def blocks_of(model: nn.Module) -> tuple[str, int] | None:
     found = [(path, len(m)) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     outer = [f for f in found if not any(f[0].startswith(f"{o[0]}.") for o in found)]
     return max(outer, key=lambda f: f[1], default=None)
-
-
-class _Stop(Exception):
-    """What was waited for is there."""
 
 
 class BlockChain:
@@ -80,19 +79,7 @@ class BlockChain:
         return True
 
     def _arrive(self, block: int, index: int) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            caught.append((args, kwargs))
-            raise _Stop
-
-        handle = self._module(block).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            self._run(self._model, index)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
+        caught = arrivals(self._module(block), lambda: self._run(self._model, index))
         return caught[0] if caught else None
 
     def _pushed(self, block: int, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -118,17 +105,5 @@ class BlockChain:
         assert self._blocks is not None
         layer, module = self._model.get_submodule(path), self._module(block)
         for args, kwargs in self._held:
-            caught: list[Tensor] = []
-
-            def hook(module: nn.Module, arguments: Any, caught: list[Tensor] = caught) -> None:
-                caught.append(arguments[0].detach())
-                raise _Stop
-
-            handle = layer.register_forward_pre_hook(hook)
-            try:
-                module(*args, **kwargs)
-            except _Stop:
-                pass
-            finally:
-                handle.remove()
-            yield from caught
+            for given, _ in arrivals(layer, partial(module, *args, **kwargs)):
+                yield given[0].detach()

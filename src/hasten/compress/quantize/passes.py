@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.quantize.arrivals import arrivals
 from hasten.compress.quantize.chain import BlockChain
 from hasten.compress.quantize.layers import _reach, describe, is_convolution
 from hasten.errors import DataError
 from hasten.measure.counting import call
 
 __all__ = ["Calibration", "Survey", "evaluating", "output_mean", "patches"]
-
-
-class _Reached(Exception):
-    """The layer that was waited for has its input."""
 
 
 @dataclass
@@ -73,8 +71,6 @@ class Calibration:
         """One forward, errors on one line."""
         try:
             call(model, example)
-        except _Reached:
-            raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
@@ -156,22 +152,10 @@ class Calibration:
                     yield from inside
                     return
         for index, example in enumerate(self.inputs):
-            caught: list[Tensor] = []
-
-            def hook(module: nn.Module, arguments: Any, caught: list[Tensor] = caught) -> None:
-                caught.append(arguments[0].detach())
-                if len(caught) == calls:
-                    raise _Reached
-
-            handle = model.get_submodule(path).register_forward_pre_hook(hook)
-            try:
-                with evaluating(model):
-                    self.run(model, example, index)
-            except _Reached:
-                pass
-            finally:
-                handle.remove()
-            yield from caught
+            with evaluating(model):
+                caught = arrivals(model.get_submodule(path), partial(self.run, model, example, index), calls)
+            for given, _ in caught:
+                yield given[0].detach()
 
 
 def _shapes(example: Any) -> str:

@@ -19,7 +19,7 @@ from hasten.retrieve.index.gather import list_pairs, plain
 from hasten.retrieve.index.heads import make_seeds
 from hasten.retrieve.index.inputs import pack_attributes
 from hasten.retrieve.index.io import Folder
-from hasten.retrieve.index.lists import ListShape, sort_pairs, writing
+from hasten.retrieve.index.lists import centres_of, shape_of, sort_pairs, writing
 from hasten.retrieve.index.metric import mapped
 from hasten.retrieve.index.query import View
 from hasten.retrieve.index.rebalance import Rebalance
@@ -130,18 +130,14 @@ class _Writer:
 
     def write_lists(self, rate: float | None, clock: Clock) -> int:
         """The lists that changed; returns how many."""
-        work, g, m = self.work, self.work.g, self.work.g.manifest
-
-        def centres(which: NDArray[Any]) -> NDArray[np.float32]:
-            return mapped(plain(work.heads[which], m.dtype), g.metric, m.largest)
-
+        work = self.work
         with writing(
             Throttled(self.folder.create(self.segment), rate, clock),
             len(self.segments) - 1,
             self.directory,
             self.location,
-            ListShape(g.metric, m.largest, m.width, g.heads.itemsize),
-            centres if m.coded else None,
+            shape_of(work.g),
+            centres_of(work.g, work.heads),
         ) as lists:
             chosen = np.flatnonzero(work.changed & ~work.retired)
             pairs = sort_pairs(work.pairs)

@@ -12,14 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.retrieve.index.codes import code_bytes, encode
-from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, bytes_of_list, checksum
+from hasten.retrieve.index.format import DIRECTORY, SLOT_BITS, Generation, bytes_of_list, checksum
+from hasten.retrieve.index.gather import plain
 from hasten.retrieve.index.io import PAGE, Writer
 from hasten.retrieve.index.metric import COSINE, INNER, factors, mapped, native
 
-__all__ = ["PAIR", "ListShape", "ListWriter", "empty_directory", "sort_pairs", "writing"]
+__all__ = ["PAIR", "ListShape", "ListWriter", "centres_of", "empty_directory", "shape_of", "sort_pairs", "writing"]
 
 PAIR = np.dtype([("head", "<i4"), ("distance", "<f4"), ("row", "<i8")])
 """one copy of a row: the list it goes to and its squared distance to the head"""
+
+Centres = Callable[[Any], NDArray[np.float32]]
+"""(heads,) numbers -> their vectors (heads, width)"""
 
 njit = numba.njit(nogil=True, cache=True)
 
@@ -59,6 +63,18 @@ class ListShape:
     itemsize: int
 
 
+def shape_of(generation: Generation) -> ListShape:
+    """That of a generation's lists."""
+    g, m = generation, generation.manifest
+    return ListShape(g.metric, m.largest, m.width, g.heads.itemsize)
+
+
+def centres_of(generation: Generation, heads: NDArray[Any]) -> Centres | None:
+    """``heads`` by number in the mapped space, where the lists of a generation have byte codes."""
+    g, m = generation, generation.manifest
+    return (lambda which: mapped(plain(heads[which], m.dtype), g.metric, m.largest)) if m.coded else None
+
+
 @dataclass
 class ListWriter:
     """Writes lists to one segment file, fills the directory and notes where each row lies."""
@@ -70,7 +86,7 @@ class ListWriter:
     location: NDArray[np.int64]
     """(rows,) written for every row of a list; the first copy written stays"""
     shape: ListShape
-    centres: Callable[[Any], NDArray[np.float32]] | None = None
+    centres: Centres | None = None
     """heads by number in the mapped space: lists get byte codes; None: they get none"""
     batch_bytes: int = 1 << 25
     offset: int = 0
@@ -147,7 +163,7 @@ def writing(
     directory: NDArray[Any],
     location: NDArray[np.int64],
     shape: ListShape,
-    centres: Callable[[Any], NDArray[np.float32]] | None,
+    centres: Centres | None,
     batch_bytes: int = 1 << 25,
 ) -> Iterator[ListWriter]:
     """A new segment file: synced when its lists are written, closed in any case."""

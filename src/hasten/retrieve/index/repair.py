@@ -14,7 +14,7 @@ from hasten.errors import DataError
 from hasten.retrieve.index import format as files
 from hasten.retrieve.index.gather import plain
 from hasten.retrieve.index.io import map_behind
-from hasten.retrieve.index.lists import PAIR, ListShape, sort_pairs, writing
+from hasten.retrieve.index.lists import PAIR, centres_of, shape_of, sort_pairs, writing
 from hasten.retrieve.index.metric import mapped
 from hasten.retrieve.index.placing import place
 from hasten.retrieve.index.sources import Source, open_source
@@ -108,18 +108,13 @@ class _Repair:
 
     def write_lists(self) -> None:
         """The lists that changed, to a segment of their own."""
-        g, m = self.g, self.g.manifest
-
-        def centres(which: NDArray[Any]) -> NDArray[np.float32]:
-            return mapped(plain(g.heads[which], m.dtype), g.metric, m.largest)
-
         with writing(
             self.index._folder.create(self.segment),
             len(self.segments) - 1,
             self.directory,
             self.location,
-            ListShape(g.metric, m.largest, m.width, g.heads.itemsize),
-            centres if m.coded else None,
+            shape_of(self.g),
+            centres_of(self.g, self.g.heads),
         ) as lists:
             if len(self.pairs):
                 chosen = np.unique(self.pairs["head"]).astype(np.int64)

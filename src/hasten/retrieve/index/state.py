@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,7 +32,7 @@ __all__ = ["IndexState"]
 LOCK = "LOCK"
 
 
-class IndexState:
+class IndexState(ABC):
     """Opened files, and the one moment that a search sees."""
 
     def __init__(
@@ -147,9 +148,9 @@ class IndexState:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def _apply(self, record: wal.Record) -> None:
         """Do in memory what a record of the log says."""
-        raise NotImplementedError
 
 
 def _take_lock(path: Path) -> int:
