@@ -92,12 +92,7 @@ def bench_serve(
         raise ConfigurationError(f"dataset {dataset_name!r} is not known; choose random, custom or trace")
     slo = goodput_slo(goodput or [])
     metrics = [m.strip() for m in percentile_metrics.split(",") if m.strip()]
-    try:
-        percentiles = [float(p) for p in metric_percentiles.split(",")]
-    except ValueError:
-        raise ConfigurationError(
-            f"--metric-percentiles is {metric_percentiles!r}; write for example 50,90,99"
-        ) from None
+    percentiles = _percentiles(metric_percentiles)
     options: dict[str, Any] = {
         "model": model,
         "endpoint": path,
@@ -151,6 +146,15 @@ def bench_serve(
         print(codec.dumps(out))
     if save_result:
         _save(out, result_dir, result_filename, backend, rate, model)
+
+
+def _percentiles(text: str) -> list[float]:
+    from hasten.errors import ConfigurationError
+
+    try:
+        return [float(p) for p in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--metric-percentiles is {text!r}; write for example 50,90,99") from None
 
 
 def _counts(clients: str | None) -> list[int | None]:

@@ -399,8 +399,9 @@ def attend_pages(
         for h in range(group):
             inverse = np.float32(1.0) / total[h]
             at, line = (head * group + h) * width, sums[h]
-            for i in range(width):
-                store(out[token], at + i, line[i] * inverse)
+            target = out[token, at : at + width]  # a slice, whose indices are known not to be negative
+            for i in range(len(target)):
+                store(target, i, line[i] * inverse)
 
 
 @njit(cache=True, parallel=True, fastmath=FAST, error_model="numpy")
