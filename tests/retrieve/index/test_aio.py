@@ -38,6 +38,26 @@ def test_every_range_arrives_whole(file, depth):
     reader.close()
 
 
+def test_a_signal_while_it_waits_loses_nothing(file, monkeypatch):
+    path, data = file
+    reader = opened(path, 4)
+    queue, left = reader._all[0], [2]
+    run = queue._run
+
+    def interrupted(number, *arguments):
+        if number == queue._events_of and left[0]:
+            left[0] -= 1
+            raise InterruptedError
+        return run(number, *arguments)
+
+    monkeypatch.setattr(queue, "_run", interrupted)
+    reads = merge_reads(np.zeros(2), np.array([0, 20 * PAGE]), np.full(2, PAGE))
+    got = {r.offset: block.copy() for r, block in reader.fetch(reads, MonotonicClock(), None)}
+    assert left == [0]
+    np.testing.assert_array_equal(got[20 * PAGE], data[20 * PAGE : 21 * PAGE])
+    reader.close()
+
+
 def test_a_deadline_leaves_out_what_is_not_there(file):
     path, data = file
     reader = opened(path, 8)

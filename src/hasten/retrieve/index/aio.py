@@ -113,13 +113,16 @@ class _Queue:
         self.outstanding += len(numbers)
 
     def arrived(self, seconds: float | None) -> list[tuple[int, int]]:
-        """(number, bytes or minus an error) of what has come, at least one unless the time passes."""
+        """(number, bytes or minus an error) of what has come, at least one unless the time passes or a signal comes."""
         limit = None
         if seconds is not None:
             whole = int(seconds)
             limit = ctypes.byref(_Time(whole, int((seconds - whole) * 1e9)))
         place = ctypes.c_void_p(self._events.ctypes.data)
-        count = self._run(self._events_of, self._context, ctypes.c_long(1), ctypes.c_long(self.depth), place, limit)
+        try:
+            count = self._run(self._events_of, self._context, ctypes.c_long(1), ctypes.c_long(self.depth), place, limit)
+        except InterruptedError:
+            return []  # Python runs the signal's handler now; whoever waits asks again
         self.outstanding -= count
         return [(int(e["data"]), int(e["result"])) for e in self._events[:count]]
 
