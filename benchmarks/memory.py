@@ -85,7 +85,7 @@ def measure(name: str, chosen: Any) -> tuple[Row, dict[str, Any]]:
     extra = {"ready": before["memory"] - weights, "under load": after["memory"] - weights - pool}
     worst = max(extra.values()) / _MIB
     note = (
-        f"{extra['ready'] / _MIB:.0f} MiB when ready (pool not counted, it is not touched yet), "
+        f"{extra['ready'] / _MIB:.0f} MiB when ready (with what the warm-up has touched of the pool), "
         f"{extra['under load'] / _MIB:.0f} MiB after {count} requests, "
         f"of which {after['files'] / _MIB:.0f} MiB are pages of libraries; "
         f"weights {weights / _MIB:.0f}, pool {pool / _MIB:.0f} MiB"

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from hasten.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["FimTokens", "infill_prompt", "psm", "spm", "split_middle", "training_blocks"]
 
@@ -93,6 +95,8 @@ def training_blocks(
     A text is walked from start to end; each piece is, with probability ``fim_rate``, a fill-in-the-middle sample of 300
     to 1,700 characters (half PSM, half SPM), else plain text of 600 to 3,400 characters after an end mark.
     """
+    import numpy as np  # the front of a server infills and needs none
+
     plans: list[tuple[int, ...]] = []  # kind and indices of the strings of each piece
     strings: list[str] = []
     for index in rng.permutation(len(texts)):

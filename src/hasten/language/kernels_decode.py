@@ -27,7 +27,7 @@ from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
 from hasten.nn.product.dispatch import pointer
-from hasten.nn.product.tiles import close_tiles, opener, run_assembly
+from hasten.nn.product.tiles import close_tiles, open_narrow_tiles, run_assembly
 
 __all__ = ["PAGES", "code_for", "lanes_of"]
 
@@ -40,7 +40,8 @@ _COLUMNS = 64
 _WORD = ir.IntType(64)
 _INT = ir.IntType(32)
 # Plain functions call these and become kernels later; a type checker knows the intrinsics by their own parameters only.
-_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
+_open: Any = open_narrow_tiles
 _close: Any = close_tiles
 _pointer: Any = pointer
 _as_float: Any = float_of_bits
@@ -51,208 +52,200 @@ def lanes_of(group: int) -> int:
     return 0 if group > avx.LANES else 1 << (group - 1).bit_length()
 
 
-def _scores_of(lanes: int) -> Any:
+@_intrinsic
+def _score(typing: Any, width: Any, pages: Any, row: Any, queries: Any, steps: Any, out: Any) -> Any:
+    """Scores of ``16 / lanes`` pages; ``width`` is the literal ``lanes``.
+
+    pages (n,): addresses of (16, width) bfloat16, rows ``row`` bytes apart; queries (steps, 16 pairs, lanes, 2)
+    bfloat16; out (16 keys, pages, lanes) float32.
+    """
+    lanes = width.literal_value
     side_by_side = avx.LANES // lanes
 
-    @_intrinsic
-    def scores(typing: Any, pages: Any, row: Any, queries: Any, steps: Any, out: Any) -> Any:
-        """Scores of ``16 / lanes`` pages: pages (n,) addresses of (16, width) bfloat16, rows ``row`` bytes apart;
-        queries (steps, 16 pairs, lanes, 2) bfloat16; out (16 keys, pages, lanes) float32."""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pages, row, queries, steps, out = arguments
-            line, narrow = ir.Constant(_WORD, LINE), ir.Constant(_WORD, 4 * lanes)
-            for first in range(0, side_by_side, 4):
-                count = min(4, side_by_side - first)
-                bases = [avx.load(builder, pages, (first + j) * 8, _WORD, 8) for j in range(count)]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, pages, row, queries, steps, out = arguments
+        line, narrow = ir.Constant(_WORD, LINE), ir.Constant(_WORD, 4 * lanes)
+        for first in range(0, side_by_side, 4):
+            count = min(4, side_by_side - first)
+            bases = [avx.load(builder, pages, (first + j) * 8, _WORD, 8) for j in range(count)]
+            for j in range(count):
+                run_assembly(builder, f"tilezero %tmm{j}")
+            with cgutils.for_range(builder, steps) as loop:
+                along = scaled(builder, loop.index, LINE)
+                query = builder.add(queries, scaled(builder, loop.index, LINE * lanes))
+                run_assembly(builder, "tileloadd ($0,$1,1), %tmm4", query, narrow)
                 for j in range(count):
-                    run_assembly(builder, f"tilezero %tmm{j}")
-                with cgutils.for_range(builder, steps) as loop:
-                    along = scaled(builder, loop.index, LINE)
-                    query = builder.add(queries, scaled(builder, loop.index, LINE * lanes))
-                    run_assembly(builder, "tileloadd ($0,$1,1), %tmm4", query, narrow)
-                    for j in range(count):
-                        side = 5 + j % 3
-                        run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{side}", builder.add(bases[j], along), row)
-                        run_assembly(builder, f"tdpbf16ps %tmm4, %tmm{side}, %tmm{j}")
-                for j in range(count):
-                    target = builder.add(out, ir.Constant(_WORD, (first + j) * 4 * lanes))
-                    run_assembly(builder, f"tilestored %tmm{j}, ($0,$1,1)", target, line)
-            return context.get_dummy_value()
+                    side = 5 + j % 3
+                    run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{side}", builder.add(bases[j], along), row)
+                    run_assembly(builder, f"tdpbf16ps %tmm4, %tmm{side}, %tmm{j}")
+            for j in range(count):
+                target = builder.add(out, ir.Constant(_WORD, (first + j) * 4 * lanes))
+                run_assembly(builder, f"tilestored %tmm{j}, ($0,$1,1)", target, line)
+        return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 5), generate
-
-    return scores
+    return types.void(width, *[types.intp] * 5), generate
 
 
-def _soften_of(lanes: int) -> Any:
-    @_intrinsic
-    def soften(
-        typing: Any, scores: Any, count: Any, low: Any, high: Any, scale: Any, top: Any, mass: Any, fade: Any
-    ) -> Any:
-        """The online softmax of ``count`` groups of pages, of whose keys ``low`` to ``high`` are seen.
+@_intrinsic
+def _soften(
+    typing: Any, width: Any, scores: Any, count: Any, low: Any, high: Any, scale: Any, top: Any, mass: Any, fade: Any
+) -> Any:
+    """The online softmax of ``count`` groups of pages, of whose keys ``low`` to ``high`` are seen.
 
-        scores (count, 16 keys, 16 lanes of pages times heads) float32 become weights; ``scale`` holds log2(e); top,
-        mass, fade (16,) float32, alike for all pages.
-        """
+    scores (count, 16 keys, 16 lanes of pages times heads) float32 become weights; ``scale`` holds log2(e); top,
+    mass, fade (16,) float32, alike for all pages. ``width`` is the literal ``lanes``.
+    """
+    lanes = width.literal_value
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            scores, count, low, high, scale, top, mass, fade = arguments
-            factor = avx.splat(builder, scale)
-            lows, highs = (avx.splat(builder, builder.trunc(x, _INT)) for x in (low, high))
-            own = ir.Constant(avx.INTS, [lane // lanes * PAGE for lane in range(avx.LANES)])
-            total: Any = cgutils.alloca_once_value(builder, floats(LOWEST))  # type: ignore[no-untyped-call]
-            nothing = floats(0.0)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, scores, count, low, high, scale, top, mass, fade = arguments
+        factor = avx.splat(builder, scale)
+        lows, highs = (avx.splat(builder, builder.trunc(x, _INT)) for x in (low, high))
+        own = ir.Constant(avx.INTS, [lane // lanes * PAGE for lane in range(avx.LANES)])
+        total: Any = cgutils.alloca_once_value(builder, floats(LOWEST))  # type: ignore[no-untyped-call]
+        nothing = floats(0.0)
 
-            def seen(number: Any, key: int) -> Any:
-                at = builder.trunc(scaled(builder, number, PAGE * avx.LANES // lanes), _INT)
-                keys = builder.add(own, avx.splat(builder, builder.add(at, ir.Constant(_INT, key))))
-                return builder.and_(builder.icmp_signed(">=", keys, lows), builder.icmp_signed("<", keys, highs))
+        def seen(number: Any, key: int) -> Any:
+            at = builder.trunc(scaled(builder, number, PAGE * avx.LANES // lanes), _INT)
+            keys = builder.add(own, avx.splat(builder, builder.add(at, ir.Constant(_INT, key))))
+            return builder.and_(builder.icmp_signed(">=", keys, lows), builder.icmp_signed("<", keys, highs))
 
-            def over_pages(vector: Any, join: Any) -> Any:
-                span = lanes
-                while span < avx.LANES:
-                    order = [(lane + span) % avx.LANES for lane in range(avx.LANES)]
-                    vector = join(vector, shuffle(builder, vector, vector, order))
-                    span *= 2
-                return vector
+        def over_pages(vector: Any, join: Any) -> Any:
+            span = lanes
+            while span < avx.LANES:
+                order = [(lane + span) % avx.LANES for lane in range(avx.LANES)]
+                vector = join(vector, shuffle(builder, vector, vector, order))
+                span *= 2
+            return vector
 
-            with cgutils.for_range(builder, count) as loop:
-                at = scaled(builder, loop.index, PAGE * LINE)
-                best = builder.load(total)
-                for key in range(PAGE):
-                    score = avx.load(builder, scores, builder.add(at, ir.Constant(_WORD, key * LINE)), avx.FLOATS)
-                    score = builder.select(seen(loop.index, key), score, floats(LOWEST))
-                    best = larger(builder)(best, score)
-                builder.store(best, total)
-            raw = builder.fmul(over_pages(builder.load(total), larger(builder)), factor)
-            before = avx.load(builder, top, 0, avx.FLOATS)
-            now = larger(builder)(before, raw)
-            avx.store(builder, now, top, 0)
-            # Above all scores of keys that are not seen, also where no key is.
-            under = builder.fsub(nothing, larger(builder)(now, floats(LOWEST * 1e-3)))
-            faded = power(builder, builder.fadd(before, under))
-            avx.store(builder, faded, fade, 0)
-            builder.store(nothing, total)
-            with cgutils.for_range(builder, count) as loop:
-                at = scaled(builder, loop.index, PAGE * LINE)
-                sums = builder.load(total)
-                for key in range(PAGE):
-                    where = builder.add(at, ir.Constant(_WORD, key * LINE))
-                    score = avx.load(builder, scores, where, avx.FLOATS)
-                    share = power(builder, avx.multiply_add(builder, score, factor, under))
-                    share = builder.select(seen(loop.index, key), share, nothing)
-                    avx.store(builder, share, scores, where)
-                    sums = builder.fadd(sums, share)
-                builder.store(sums, total)
-            share = over_pages(builder.load(total), builder.fadd)
-            old = avx.load(builder, mass, 0, avx.FLOATS)
-            avx.store(builder, avx.multiply_add(builder, old, faded, share), mass, 0)
-            return context.get_dummy_value()
-
-        words = types.intp
-        return types.void(*[words] * 4, types.float32, *[words] * 3), generate
-
-    return soften
-
-
-def _add_of(lanes: int) -> Any:
-    side_by_side = avx.LANES // lanes
-
-    def add(builder: Any, heads: int, pages: Any, wanted: Any, count: Any, low: Any, high: Any, row: Any, weights: Any,
-            fade: Any, sums: Any, line: Any) -> None:  # fmt: skip
-        """:func:`add_values` of ``heads`` heads; the addresses are those of the first of them."""
-        even = [2 * i for i in range(avx.LANES)]
-        odd = [2 * i + 1 for i in range(avx.LANES)]
-        places, targets = [], []
-        for head in range(heads):
-            faded = avx.splat(builder, avx.load(builder, fade, head * 4, ir.FloatType()))
-            for half in range(2):
-                target = builder.add(
-                    sums, builder.add(scaled(builder, line, head), ir.Constant(_WORD, half * 2 * LINE))
-                )
-                a, b = avx.load(builder, target, 0, avx.FLOATS), avx.load(builder, target, LINE, avx.FLOATS)
-                for order in (even, odd):
-                    place: Any = cgutils.alloca_once(builder, avx.FLOATS)  # type: ignore[no-untyped-call]
-                    builder.store(builder.fmul(shuffle(builder, a, b, order), faded), place)
-                    places.append(place)
-                targets.append(target)
-        upper = ir.Constant(avx.INTS, [-65536] * avx.LANES)
-        sixteen = ir.Constant(avx.INTS, [16] * avx.LANES)
-        zero, whole = ir.Constant(_WORD, 0), ir.Constant(_WORD, PAGE)
         with cgutils.for_range(builder, count) as loop:
-            values = avx.load(builder, pages, scaled(builder, loop.index, 8), _WORD, 8)
-            beside = scaled(builder, loop.index, 16)
-            asked = [
-                avx.load(builder, builder.add(wanted, ir.Constant(_WORD, 8 * i)), beside, _WORD, 8) for i in range(2)
-            ]
-            number = builder.sdiv(loop.index, ir.Constant(_WORD, side_by_side))
-            lane = scaled(builder, builder.srem(loop.index, ir.Constant(_WORD, side_by_side)), 4 * lanes)
-            shares = builder.add(weights, builder.add(scaled(builder, number, PAGE * LINE), lane))
-            first = scaled(builder, loop.index, PAGE)
-            begin, end = builder.sub(low, first), builder.sub(high, first)
-            begin = builder.select(builder.icmp_signed("<", begin, zero), zero, begin)
-            end = builder.select(builder.icmp_signed("<", end, whole), end, whole)
-            with cgutils.for_range(builder, end, start=begin) as keys:
-                along = builder.mul(keys.index, row)
-                here = builder.add(values, along)
-                # Evenly: a burst of them would fill the buffers that everything is loaded through.
-                for other in asked:
-                    for half in range(2):
-                        avx.prefetch(builder, builder.add(other, along), half * LINE)
-                vectors = []
+            at = scaled(builder, loop.index, PAGE * LINE)
+            best = builder.load(total)
+            for key in range(PAGE):
+                score = avx.load(builder, scores, builder.add(at, ir.Constant(_WORD, key * LINE)), avx.FLOATS)
+                score = builder.select(seen(loop.index, key), score, floats(LOWEST))
+                best = larger(builder)(best, score)
+            builder.store(best, total)
+        raw = builder.fmul(over_pages(builder.load(total), larger(builder)), factor)
+        before = avx.load(builder, top, 0, avx.FLOATS)
+        now = larger(builder)(before, raw)
+        avx.store(builder, now, top, 0)
+        # Above all scores of keys that are not seen, also where no key is.
+        under = builder.fsub(nothing, larger(builder)(now, floats(LOWEST * 1e-3)))
+        faded = power(builder, builder.fadd(before, under))
+        avx.store(builder, faded, fade, 0)
+        builder.store(nothing, total)
+        with cgutils.for_range(builder, count) as loop:
+            at = scaled(builder, loop.index, PAGE * LINE)
+            sums = builder.load(total)
+            for key in range(PAGE):
+                where = builder.add(at, ir.Constant(_WORD, key * LINE))
+                score = avx.load(builder, scores, where, avx.FLOATS)
+                share = power(builder, avx.multiply_add(builder, score, factor, under))
+                share = builder.select(seen(loop.index, key), share, nothing)
+                avx.store(builder, share, scores, where)
+                sums = builder.fadd(sums, share)
+            builder.store(sums, total)
+        share = over_pages(builder.load(total), builder.fadd)
+        old = avx.load(builder, mass, 0, avx.FLOATS)
+        avx.store(builder, avx.multiply_add(builder, old, faded, share), mass, 0)
+        return context.get_dummy_value()
+
+    words = types.intp
+    return types.void(width, *[words] * 4, types.float32, *[words] * 3), generate
+
+
+def _add(builder: Any, lanes: int, heads: int, pages: Any, wanted: Any, count: Any, low: Any, high: Any, row: Any,
+         weights: Any, fade: Any, sums: Any, line: Any) -> None:  # fmt: skip
+    """:func:`_add_values` of ``heads`` heads; the addresses are those of the first of them."""
+    side_by_side = avx.LANES // lanes
+    even = [2 * i for i in range(avx.LANES)]
+    odd = [2 * i + 1 for i in range(avx.LANES)]
+    places, targets = [], []
+    for head in range(heads):
+        faded = avx.splat(builder, avx.load(builder, fade, head * 4, ir.FloatType()))
+        for half in range(2):
+            target = builder.add(sums, builder.add(scaled(builder, line, head), ir.Constant(_WORD, half * 2 * LINE)))
+            a, b = avx.load(builder, target, 0, avx.FLOATS), avx.load(builder, target, LINE, avx.FLOATS)
+            for order in (even, odd):
+                place: Any = cgutils.alloca_once(builder, avx.FLOATS)  # type: ignore[no-untyped-call]
+                builder.store(builder.fmul(shuffle(builder, a, b, order), faded), place)
+                places.append(place)
+            targets.append(target)
+    upper = ir.Constant(avx.INTS, [-65536] * avx.LANES)
+    sixteen = ir.Constant(avx.INTS, [16] * avx.LANES)
+    zero, whole = ir.Constant(_WORD, 0), ir.Constant(_WORD, PAGE)
+    with cgutils.for_range(builder, count) as loop:
+        values = avx.load(builder, pages, scaled(builder, loop.index, 8), _WORD, 8)
+        beside = scaled(builder, loop.index, 16)
+        asked = [avx.load(builder, builder.add(wanted, ir.Constant(_WORD, 8 * i)), beside, _WORD, 8) for i in range(2)]
+        number = builder.sdiv(loop.index, ir.Constant(_WORD, side_by_side))
+        lane = scaled(builder, builder.srem(loop.index, ir.Constant(_WORD, side_by_side)), 4 * lanes)
+        shares = builder.add(weights, builder.add(scaled(builder, number, PAGE * LINE), lane))
+        first = scaled(builder, loop.index, PAGE)
+        begin, end = builder.sub(low, first), builder.sub(high, first)
+        begin = builder.select(builder.icmp_signed("<", begin, zero), zero, begin)
+        end = builder.select(builder.icmp_signed("<", end, whole), end, whole)
+        with cgutils.for_range(builder, end, start=begin) as keys:
+            along = builder.mul(keys.index, row)
+            here = builder.add(values, along)
+            # Evenly: a burst of them would fill the buffers that everything is loaded through.
+            for other in asked:
                 for half in range(2):
-                    both = avx.load(builder, here, half * LINE, avx.INTS, 2)
-                    vectors.append(builder.bitcast(builder.shl(both, sixteen), avx.FLOATS))
-                    vectors.append(builder.bitcast(builder.and_(both, upper), avx.FLOATS))
-                at = builder.add(shares, scaled(builder, keys.index, LINE))
-                for head in range(heads):
-                    share = avx.splat(builder, avx.load(builder, at, head * 4, ir.FloatType()))
-                    for i in range(4):
-                        place = places[4 * head + i]
-                        builder.store(avx.multiply_add(builder, share, vectors[i], builder.load(place)), place)
-        low_order = [i // 2 + (i % 2) * avx.LANES for i in range(avx.LANES)]
-        high_order = [i + avx.LANES // 2 for i in low_order]
-        for number, target in enumerate(targets):
-            a, b = (builder.load(places[2 * number + i]) for i in range(2))
-            avx.store(builder, shuffle(builder, a, b, low_order), target, 0)
-            avx.store(builder, shuffle(builder, a, b, high_order), target, LINE)
+                    avx.prefetch(builder, builder.add(other, along), half * LINE)
+            vectors = []
+            for half in range(2):
+                both = avx.load(builder, here, half * LINE, avx.INTS, 2)
+                vectors.append(builder.bitcast(builder.shl(both, sixteen), avx.FLOATS))
+                vectors.append(builder.bitcast(builder.and_(both, upper), avx.FLOATS))
+            at = builder.add(shares, scaled(builder, keys.index, LINE))
+            for head in range(heads):
+                share = avx.splat(builder, avx.load(builder, at, head * 4, ir.FloatType()))
+                for i in range(4):
+                    place = places[4 * head + i]
+                    builder.store(avx.multiply_add(builder, share, vectors[i], builder.load(place)), place)
+    low_order = [i // 2 + (i % 2) * avx.LANES for i in range(avx.LANES)]
+    high_order = [i + avx.LANES // 2 for i in low_order]
+    for number, target in enumerate(targets):
+        a, b = (builder.load(places[2 * number + i]) for i in range(2))
+        avx.store(builder, shuffle(builder, a, b, low_order), target, 0)
+        avx.store(builder, shuffle(builder, a, b, high_order), target, LINE)
 
-    @_intrinsic
-    def add_values(
-        typing: Any, pages: Any, wanted: Any, count: Any, low: Any, high: Any, row: Any, weights: Any, fade: Any,
-        heads: Any, sums: Any, line: Any,
-    ) -> Any:  # fmt: skip
-        """sums (heads, 64 columns) = fade * sums + weights . values, over ``count`` pages.
 
-        pages (n,): addresses of the columns of (16, width) bfloat16, of which keys ``low`` to ``high`` count; wanted
-        (n, 2): those of such columns to ask for; weights as :func:`_soften_of` leaves them; rows of ``sums`` are
-        ``line`` bytes apart.
-        """
+@_intrinsic
+def _add_values(
+    typing: Any, width: Any, pages: Any, wanted: Any, count: Any, low: Any, high: Any, row: Any, weights: Any,
+    fade: Any, heads: Any, sums: Any, line: Any,
+) -> Any:  # fmt: skip
+    """sums (heads, 64 columns) = fade * sums + weights . values, over ``count`` pages.
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pages, wanted, count, low, high, row, weights, fade, heads, sums, line = arguments
-            done: Any = cgutils.alloca_once_value(builder, ir.Constant(_WORD, 0))  # type: ignore[no-untyped-call]
+    pages (n,): addresses of the columns of (16, width) bfloat16, of which keys ``low`` to ``high`` count; wanted
+    (n, 2): those of such columns to ask for; weights as :func:`_soften` leaves them; rows of ``sums`` are
+    ``line`` bytes apart. ``width`` is the literal ``lanes``.
+    """
+    lanes = width.literal_value
 
-            def emit(held: int) -> None:
-                head = builder.load(done)
-                four = scaled(builder, head, 4)
-                add(builder, held, pages, wanted, count, low, high, row, builder.add(weights, four),
-                    builder.add(fade, four), builder.add(sums, builder.mul(head, line)), line)  # fmt: skip
-                builder.store(builder.add(head, ir.Constant(_WORD, held)), done)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, pages, wanted, count, low, high, row, weights, fade, heads, sums, line = arguments
+        done: Any = cgutils.alloca_once_value(builder, ir.Constant(_WORD, 0))  # type: ignore[no-untyped-call]
 
-            if lanes >= _HEADS:
-                with cgutils.for_range(builder, builder.sdiv(heads, ir.Constant(_WORD, _HEADS))):
-                    emit(_HEADS)
-            rest = builder.srem(heads, ir.Constant(_WORD, _HEADS))
-            for held in range(1, min(lanes, _HEADS - 1) + 1):
-                with builder.if_then(builder.icmp_signed("==", rest, ir.Constant(_WORD, held))):
-                    emit(held)
-            return context.get_dummy_value()
+        def emit(held: int) -> None:
+            head = builder.load(done)
+            four = scaled(builder, head, 4)
+            _add(builder, lanes, held, pages, wanted, count, low, high, row, builder.add(weights, four),
+                builder.add(fade, four), builder.add(sums, builder.mul(head, line)), line)  # fmt: skip
+            builder.store(builder.add(head, ir.Constant(_WORD, held)), done)
 
-        return types.void(*[types.intp] * 11), generate
+        if lanes >= _HEADS:
+            with cgutils.for_range(builder, builder.sdiv(heads, ir.Constant(_WORD, _HEADS))):
+                emit(_HEADS)
+        rest = builder.srem(heads, ir.Constant(_WORD, _HEADS))
+        for held in range(1, min(lanes, _HEADS - 1) + 1):
+            with builder.if_then(builder.icmp_signed("==", rest, ir.Constant(_WORD, held))):
+                emit(held)
+        return context.get_dummy_value()
 
-    return add_values
+    return types.void(width, *[types.intp] * 11), generate
 
 
 @njit(cache=True, error_model="numpy")
@@ -284,8 +277,7 @@ def _first_key(position: Any, window: Any) -> Any:
 
 def _kernel(lanes: int) -> Any:
     side_by_side = avx.LANES // lanes
-    scores_of, soften, add_values = _scores_of(lanes), _soften_of(lanes), _add_of(lanes)
-    open_tiles: Any = opener(4 * lanes)
+    narrow = 4 * lanes
 
     def attend(job_at: Any, begin: Any, end: Any) -> None:
         """Rows times key heads ``begin`` to ``end`` of a job; where its ``places`` are below 0 a row is left out."""
@@ -308,7 +300,7 @@ def _kernel(lanes: int) -> Any:
         fade = np.empty(16, np.float32)
         offsets, pages = np.empty(PAGES, np.int64), np.empty(PAGES, np.int64)
         following, wanted = np.empty(PAGES, np.int64), np.empty((PAGES, 2), np.int64)
-        open_tiles()
+        _open(narrow)
         item = begin
         while item < end:
             row, low_head = item // kv_heads, item % kv_heads
@@ -335,7 +327,7 @@ def _kernel(lanes: int) -> Any:
                         for j in range(side_by_side):
                             page = number * side_by_side + j
                             pages[j] = keys_at + offsets[page] + here
-                        scores_of(pages.ctypes.data, width * 2, queries[head].ctypes.data, width // 32,
+                        _score(lanes, pages.ctypes.data, width * 2, queries[head].ctypes.data, width // 32,
                                   scores[head, number].ctypes.data)  # fmt: skip
                 # What is read next, so that it can be asked for: the rest of this row, or the row behind it.
                 start, stop, other = first + PAGES, last, table
@@ -347,7 +339,7 @@ def _kernel(lanes: int) -> Any:
                     following[page] = other[min(start + page, stop)] * block_bytes
                 low, high = max(0, least - first * PAGE), min(held * PAGE, position + 1 - first * PAGE)
                 for head in range(low_head, high_head):
-                    soften(scores[head].ctypes.data, groups, low, high, scale, top[head].ctypes.data,
+                    _soften(lanes, scores[head].ctypes.data, groups, low, high, scale, top[head].ctypes.data,
                            mass[head].ctypes.data, fade.ctypes.data)  # fmt: skip
                     for column in range(0, width, _COLUMNS):
                         for page in range(held):
@@ -358,9 +350,10 @@ def _kernel(lanes: int) -> Any:
                                 wanted[page, 1] = pages[page] + page_bytes
                             else:
                                 wanted[page, 1] = values_at + following[page] + low_head * page_bytes + 2 * column
-                        add_values(
-                            pages.ctypes.data, wanted.ctypes.data, held, low, high, width * 2, scores[head].ctypes.data,
-                            fade.ctypes.data, group, sums[head * group].ctypes.data + 4 * column, width * 4,
+                        _add_values(
+                            lanes, pages.ctypes.data, wanted.ctypes.data, held, low, high, width * 2,
+                            scores[head].ctypes.data, fade.ctypes.data, group,
+                            sums[head * group].ctypes.data + 4 * column, width * 4,
                         )  # fmt: skip
             for head in range(low_head, high_head):
                 lines = slice(head * group, (head + 1) * group)

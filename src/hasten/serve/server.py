@@ -26,6 +26,7 @@ from hasten.budget import SLO
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, EngineDeadError, HastenError
 from hasten.serve.balance import make_balancer
+from hasten.serve.resident import drop_library_pages
 from hasten.serve.worker import WorkerConfig
 
 __all__ = ["ServerConfig", "ServerHandle", "run", "start"]
@@ -189,6 +190,7 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.005)
+        drop_library_pages()
         logger.info("ready on %s after %.2f s", url, clock.now() - begin)
         if config.ready_file:
             phases = [{"phase": n, "seconds": t, "detail": d} for n, t, d in engine.phases]

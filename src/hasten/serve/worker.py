@@ -32,6 +32,7 @@ from hasten.errors import (
 )
 from hasten.serve.link import Link
 from hasten.serve.request import FinishReason
+from hasten.serve.resident import drop_library_pages
 
 if TYPE_CHECKING:
     from hasten.serve.engine import Engine
@@ -104,6 +105,7 @@ def run(link: Link, config: WorkerConfig, clock: Clock) -> None:
         return
     gc.collect()
     gc.freeze()  # what start-up made stays; collections look at requests only
+    drop_library_pages()
     link.send("ready", info)
     _Loop(link, engine, config.slo).run()
 

@@ -36,8 +36,8 @@ __all__ = [
     "granted",
     "multiply",
     "multiply_bytes",
+    "open_narrow_tiles",
     "open_tiles",
-    "opener",
     "panels",
     "room_for",
     "run_assembly",
@@ -183,22 +183,30 @@ def _generator(dot: str, fresh: bool) -> Any:
     return generate
 
 
-def opener(narrow: int = LINE) -> Any:
-    """A kernel's first call: it gives this thread's tiles their shape, until :func:`close_tiles`; the first five are
-    ``narrow`` bytes wide."""
+@intrinsic
+def open_tiles(typing: Any) -> Any:
+    """A kernel's first call: it gives this thread's tiles their shape, until :func:`close_tiles`."""
 
-    @intrinsic
-    def open_them(typing: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _configure(builder, narrow)
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _configure(builder, LINE)
+        return context.get_dummy_value()
 
-        return types.void(), generate
-
-    return open_them
+    return types.void(), generate
 
 
-open_tiles = opener()
+@intrinsic(prefer_literal=True)
+def open_narrow_tiles(typing: Any, narrow: Any) -> Any:
+    """:func:`open_tiles`, but the first five tiles are ``narrow`` bytes wide, a literal.
+
+    Literals make one intrinsic of many: one made in a closure would be another in each process, and what calls it
+    would never be found in the cache of compiled kernels.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _configure(builder, narrow.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(narrow), generate
 
 
 @intrinsic
