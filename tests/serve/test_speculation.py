@@ -127,7 +127,7 @@ def test_trees_give_the_tokens_of_a_plain_loop_under_every_policy(policy, knobs,
     assert one.pool.num_free == one.pool.num_blocks
     if policy != "stall-free" or knobs["token_budget"] > 7:
         assert one.speculation.num_accepted_tokens > 20
-        assert max(n for _, n in one._speculator.proposer.told) > 1
+        assert max(n for _, n in one._guessing.speculator.proposer.told) > 1
     if num_blocks and policy == "stall-free" and knobs["token_budget"] >= 64:
         assert one.counters.num_preemptions > 0
 

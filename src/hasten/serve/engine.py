@@ -12,12 +12,10 @@ token, its length, ``cancel`` or an error, and its blocks are free at once.
 from __future__ import annotations
 
 import os
-from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from hasten.budget import SLO
@@ -28,31 +26,30 @@ from hasten.errors import (
     EngineError,
     InvalidRequestError,
     ModelLoadError,
-    OutOfBlocksError,
 )
 from hasten.language.cache import BlockPool
-from hasten.language.forks import Fork
-from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampled, Sampler, SamplingParams, SamplingState, top_logprobs
 from hasten.language.speculate.proposal import Host, Proposal, Proposer
-from hasten.language.speculate.verify import accept_chain, accept_path
-from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_for
+from hasten.serve import answers
+from hasten.serve.assembly import Probe, assemble
+from hasten.serve.batch import Observation, blocks_for
 from hasten.serve.guess_costs import SpeculationStats, StepTimes
+from hasten.serve.guessing import Guessing
 from hasten.serve.kvstore import PrefixStore
 from hasten.serve.layout import BatchLayout
 from hasten.serve.metrics import RequestRecord
-from hasten.serve.output import AnswerText, Completion, Output, Timing
+from hasten.serve.output import Completion, Output
 from hasten.serve.policy.base import Policy
 from hasten.serve.policy.speculation import SpeculationPolicy
 from hasten.serve.request import FinishReason, Status
 from hasten.serve.request import Sequence as Request
-from hasten.serve.speculation import Candidate, Speculator
+from hasten.serve.roster import Roster
+from hasten.serve.speculation import Speculator
 from hasten.serve.stats import EngineStats
+from hasten.serve.track import Track
 
 __all__ = ["Engine"]
 
-_BRANCHES = -1
-"""the "sequence" whose blocks are the pages of trees of guesses, for the length of one step"""
 _DEFAULT_CACHE = 1 << 30
 """bytes of the cache where nobody chose its size, at most"""
 
@@ -63,70 +60,6 @@ def _tokenizer_of(model: Any) -> Any:
         return getattr(model, "tokenizer", None)
     except ModelLoadError:
         return None
-
-
-class _Track:
-    """Everything the engine keeps of one sequence; the policy sees ``request`` only."""
-
-    __slots__ = (
-        "cached",
-        "followers",
-        "highest",
-        "names",
-        "prompt_logprobs",
-        "rank",
-        "recomputed",
-        "request",
-        "slot",
-        "state",
-        "tokens",
-        "version",
-    )
-
-    def __init__(self, request: Request, state: SamplingState, prompt: Sequence[int] | np.ndarray) -> None:
-        self.request = request
-        self.state = state
-        room = request.prompt_len + min(state.params.max_tokens, 64)
-        self.tokens = np.empty(room, dtype=np.int64)
-        self.tokens[: request.prompt_len] = prompt
-        self.slot = -1
-        self.rank: tuple[int, bool, float, int] = (request.priority, True, request.due, request.seq)
-        self.version = -1
-        self.names: list[bytes] | None = None
-        self.cached = 0
-        self.highest = 0
-        self.recomputed = 0
-        self.followers: list[_Track] | None = None
-        wanted = state.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[Any] | None = [None] if wanted else None
-
-    def append(self, token: int) -> None:
-        known = self.request.known
-        if known == self.tokens.shape[0]:
-            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        self.tokens[known] = token
-        self.request.known = known + 1
-
-    def foresee(self, tokens: Sequence[int]) -> None:
-        """Write tokens behind the known ones, before they are known, so that their block can be named."""
-        known, end = self.request.known, self.request.known + len(tokens)
-        while end > self.tokens.shape[0]:
-            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        self.tokens[known:end] = tokens
-
-    def timing(self) -> Timing:
-        request = self.request
-        times = request.token_times
-        return Timing(
-            arrival=request.arrival,
-            first_scheduled=request.first_scheduled,
-            first_token=times[0] if times else None,
-            last_token=times[-1] if times else None,
-            prompt_tokens=request.prompt_len,
-            output_tokens=len(times),
-            cached_tokens=self.cached,
-            preemptions=request.preemptions,
-        )
 
 
 class Engine:
@@ -198,27 +131,22 @@ class Engine:
         self.counters = EngineStats()
         self.records: deque[RequestRecord] = deque(maxlen=max_records)
         """finished requests, the newest last"""
-        self._speculator: Speculator | None = None
+        self._layout = BatchLayout(min(most, num_blocks))
+        self._roster = Roster(self.pool, self._layout)
+        self._guessing: Guessing | None = None
         if proposer is not None:
             times = StepTimes.measure(self.executor, self.clock, context=min(256, self.max_model_len // 2))
-            self._speculator = Speculator(proposer, speculation, times=times)
+            speculator = Speculator(proposer, speculation, times=times)
             if hasattr(proposer, "attach"):
                 proposer.attach(Host(self.executor, self.cache, self.pool.table, block_size, num_blocks))
-        self.pool.open(_BRANCHES, ())
+            self._guessing = Guessing(speculator, self.executor, self.cache, self._roster, self.max_model_len)
         self._store = kv_store
         self._sampler = Sampler(self.vocab_size)
-        self._layout = BatchLayout(min(most, num_blocks))
-        self._tracks: dict[int, _Track] = {}
-        self._waiting: list[_Track] = []
-        self._running: dict[int, Request] = {}
         self._next = 0
         self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         self._grammars: Any = None
         self._held: list[Output] = []
         self._idle_steps = 0
-        self._queue: list[Request] = []  # ``_waiting`` as the policy sees it; rebuilt when stale
-        self._queue_stale = False
-        self._version = 0  # changes when the cache learns a prefix
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -257,17 +185,15 @@ class Engine:
             priority=priority,
             slo=slo,
         )
-        track = _Track(request, state, prompt_tokens)
-        self._tracks[seq] = track
+        track = Track(request, state, prompt_tokens)
+        self._roster.tracks[seq] = track
         if self._store is not None and params.prompt_logprobs is None:
             self._fetch(track, self._store)
-        leader = self._tracks.get(follow) if follow is not None else None
+        leader = self._roster.tracks.get(follow) if follow is not None else None
         if leader is not None and leader.request.generated == 0:
-            if leader.followers is None:
-                leader.followers = []
-            leader.followers.append(track)
+            self._roster.follow(track, leader)
         else:
-            self._enqueue(track)
+            self._roster.enqueue(track)
         return seq
 
     def check(self, prompt_tokens: Sequence[int], params: SamplingParams) -> None:
@@ -306,7 +232,7 @@ class Engine:
 
         ``reason`` is what the record says: ``STOP`` when the caller met a stop string.
         """
-        track = self._tracks.get(seq)
+        track = self._roster.tracks.get(seq)
         if track is None:
             return False
         self._held = [o for o in self._held if o.seq != seq]
@@ -316,67 +242,77 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._tracks or self._held)
+        return bool(self._roster.tracks or self._held)
+
+    def has_news_of(self, seq: int) -> bool:
+        """Whether a step may still bring something for this sequence."""
+        return seq in self._roster.tracks or bool(self._held)
 
     @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that do not."""
-        return len(self._tracks) - len(self._running)
+        return self._roster.num_waiting
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
         """One iteration; what it brought, in the order of the batch. Empty when there was nothing to do."""
         outputs, self._held = self._held, []
-        if not self._tracks:
+        if not self._roster.tracks:
             return outputs
         begin = self.clock.now()
         plan = self.policy.decide(
             Observation(
                 now=begin,
-                waiting=self._queue_now(),
-                running=list(self._running.values()),
+                waiting=self._roster.queue(),
+                running=list(self._roster.running.values()),
                 free_blocks=self.pool.num_free,
                 total_blocks=self.pool.num_blocks,
                 block_size=self.block_size,
             )
         )
         for seq in plan.preempt:
-            self._preempt(seq)
+            self._roster.preempt(seq)
+            self.counters.num_preemptions += 1
         guesses: dict[int, Proposal] = {}
-        if self._speculator is not None and plan.chunks and self._speculator.willing(len(plan.chunks)):
-            plan, guesses = self._guess(plan, self._speculator)
-        guessed = self.clock.now() if self._speculator is not None else begin
-        work = self._prepare(plan.chunks, begin, guesses) if plan.chunks else []
-        forks = self._branch(work, guesses) if guesses else {}
+        guessing = self._guessing
+        if guessing is not None and plan.chunks and guessing.speculator.willing(len(plan.chunks)):
+            plan, guesses = guessing.extend(plan, self.clock)
+        guessed = self.clock.now() if guessing is not None else begin
+        work = self._roster.prepare(plan.chunks, begin, guesses) if plan.chunks else []
+        forks = guessing.branch(work, guesses) if guessing is not None and guesses else {}
         if not work:
             self._note_idle(bool(plan.preempt), outputs)
             return outputs
         self._idle_steps = 0
-        batch, ready, probes = self._build(work, guesses, forks)
-        logits = self.executor.step(batch, self.cache)
-        if probes:
-            self._read_prompt_logprobs(work, logits, probes)
-        if guesses:
-            self._verify(work, ready, logits, guesses, forks, outputs)
+        step = assemble(self._layout, work, guesses, forks, self.block_size)
+        logits = self.executor.step(step.batch, self.cache)
+        for probe in step.probes:
+            self._read_prompt_logprobs(probe, logits)
+        if guessing is not None and guesses:
+            verdict = guessing.judge(work, step.ready, logits, guesses, forks, self._sampler)
+            self.counters.recomputed_tokens += self._roster.account(verdict.work)
+            self._hand_out(verdict.tracks, verdict.rows, verdict.sampled, outputs)
+            guessing.settle(step.ready, guesses, forks)
         else:
-            self._account(work)
-            if ready:
-                picked = logits if len(ready) == logits.shape[0] else logits[[row for _, row in ready]]
-                tracks = [track for track, _ in ready]
+            self.counters.recomputed_tokens += self._roster.account(work)
+            if step.ready:
+                rows = [row for _, row in step.ready]
+                picked = logits if len(rows) == logits.shape[0] else logits[rows]
+                tracks = [track for track, _ in step.ready]
                 sampled = self._sampler.sample(picked, [track.state for track in tracks])
                 self._hand_out(tracks, list(range(len(tracks))), sampled, outputs)
         self.counters.iterations += 1
-        self.counters.iteration_tokens.add(batch.num_tokens)
-        if self._speculator is not None and len(ready) == len(work):
+        self.counters.iteration_tokens.add(step.batch.num_tokens)
+        if guessing is not None and len(step.ready) == len(work):
             end = self.clock.now()
-            self._speculator.learn_step(
-                batch.num_tokens,
+            guessing.speculator.learn_step(
+                step.batch.num_tokens,
                 end - guessed,
                 len(outputs),
                 end - begin,
@@ -384,133 +320,7 @@ class Engine:
             )
         return outputs
 
-    # ---- speculation ----------------------------------------------------------------------------------------------
-
-    def _guess(self, plan: StepPlan, speculator: Speculator) -> tuple[StepPlan, dict[int, Proposal]]:
-        """Guesses for the decodes of a plan, where that pays."""
-        candidates = []
-        free = self.pool.num_free
-        for chunk in plan.chunks:
-            track = self._tracks[chunk.seq]
-            request = track.request
-            free -= max(0, blocks_for(chunk.start + chunk.length, self.block_size) - request.blocks)
-            if chunk.length != 1 or not request.decoding or request.status is not Status.RUNNING:
-                continue
-            left = request.max_tokens - request.generated - 1
-            limit = min(left, self.max_model_len - request.known - 1) if track.state.grammar is None else 0
-            candidates.append(Candidate(chunk, request, track.tokens[: request.known], limit, track.state))
-        return speculator.extend(plan, candidates, max(0, free), self.block_size, self.clock)
-
-    def _branch(self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal]) -> dict[int, Fork]:
-        """Pages for the branches of trees, out of the free blocks; a tree that finds none is left out."""
-        forks: dict[int, Fork] = {}
-        pool = self.pool
-        held = pool.table(_BRANCHES)
-
-        def take() -> int:
-            pool.grow(_BRANCHES, (len(held) + 1) * self.block_size)
-            return held[-1]
-
-        for index, (track, start, _) in enumerate(work):
-            request = track.request
-            proposal = guesses.get(request.seq)
-            if proposal is None or proposal.parents is None:
-                continue
-            fork = Fork(request.known, pool.table(request.seq), self.block_size, take)
-            before = len(held)
-            try:
-                for parent in proposal.parents:
-                    fork.add(parent)
-            except OutOfBlocksError:
-                pool.shrink(_BRANCHES, before * self.block_size)
-                del guesses[request.seq]
-                work[index] = (track, start, request.known)
-            else:
-                forks[request.seq] = fork
-        return forks
-
-    def _verify(
-        self,
-        work: list[tuple[_Track, int, int]],
-        ready: list[tuple[_Track, int]],
-        logits: torch.Tensor,
-        guesses: dict[int, Proposal],
-        forks: dict[int, Fork],
-        outputs: list[Output],
-    ) -> None:
-        """Choose a token at every wanted row, keep the guesses that equal the choices, and hand out."""
-        states: list[SamplingState] = []
-        spans: list[tuple[int, int]] = []
-        rows: list[int] = []
-        for track, row in ready:
-            proposal = guesses.get(track.request.seq)
-            count = 0 if proposal is None else len(proposal.tokens)
-            spans.append((len(rows), count))
-            for place in range(count + 1):
-                states.append(track.state.ahead(proposal.branch(place - 1)) if proposal is not None else track.state)
-                rows.append(row + place)
-        sampled = self._sampler.sample(logits if len(rows) == logits.shape[0] else logits[rows], states)
-        tracks: list[_Track] = []
-        kept: list[int] = []
-        for (track, _), (first, count) in zip(ready, spans, strict=True):
-            path: list[int] = []
-            proposal = guesses.get(track.request.seq)
-            if proposal is not None:
-                chosen = sampled.tokens[first : first + count + 1]
-                if proposal.parents is None:
-                    path = list(range(accept_chain(proposal.tokens, chosen)))
-                else:
-                    path = accept_path(proposal.tokens, proposal.parents, chosen)
-                if sampled.finite is not None:  # nothing stands behind a row that says nothing
-                    sound = [sampled.finite[first], *(sampled.finite[first + 1 + n] for n in path)]
-                    path = path[: sound.index(False)] if False in sound else path
-                assert self._speculator is not None
-                self._speculator.learn(track.request.seq, proposal, path)
-                track.foresee([chosen[0], *(chosen[1 + n] for n in path)])
-                if path and track.request.seq in forks:
-                    moves = forks[track.request.seq].kept(path[-1], self.pool.table(track.request.seq))
-                    self.executor.move(self.cache, moves)
-            tracks += [track] * (len(path) + 1)
-            kept += [first, *(first + 1 + n for n in path)]
-        ends = {id(track): 0 for track, _ in ready}
-        for track in tracks:
-            ends[id(track)] += 1
-        self._account([(t, start, start + ends[id(t)] if t.request.seq in guesses else end) for t, start, end in work])
-        self._hand_out(tracks, kept, sampled, outputs)
-        for track, _ in ready:
-            request = track.request
-            if request.seq in guesses and request.status is Status.RUNNING:
-                self.pool.shrink(request.seq, request.known)
-                request.blocks = len(self.pool.table(request.seq))
-        if forks:
-            self.pool.shrink(_BRANCHES, 0)
-
-    def _queue_now(self) -> list[Request]:
-        """The waiting sequences in order; the first few know what the cache would give them now."""
-        waiting = self._waiting
-        if self._queue_stale:
-            self._queue = [track.request for track in waiting]
-            self._queue_stale = False
-        for track in waiting[:8]:
-            if track.version != self._version:
-                track.version = self._version
-                track.request.computed = self._match(track)
-        return self._queue
-
-    def _match(self, track: _Track) -> int:
-        if track.prompt_logprobs is not None:  # every prompt token must be computed to see its logits
-            return 0
-        if track.names is None:
-            track.names = self.pool.names(track.tokens[: track.request.known])
-        return self.pool.match_names(track.names)
-
-    def _enqueue(self, track: _Track) -> None:
-        track.version = -1
-        track.names = None
-        insort(self._waiting, track, key=lambda t: t.rank)
-        self._queue_stale = True
-
-    def _fetch(self, track: _Track, store: PrefixStore) -> None:
+    def _fetch(self, track: Track, store: PrefixStore) -> None:
         """Put what the store has of a prompt's prefix into free blocks, where admission finds it."""
         names = self.pool.names(track.tokens[: track.request.known])[: self.pool.num_free]
         for first, kv in store.find(names, self.pool.knows, self.block_size):
@@ -521,156 +331,16 @@ class Engine:
                 if block is not None:
                     at = index * self.block_size
                     store.place(self.cache, table, kv.cut(at, at + self.block_size))
-            self._version += 1
+            self._roster.version += 1
 
-    def _preempt(self, seq: int) -> None:
-        track = self._tracks[seq]
-        request = track.request
-        self.pool.free(seq)
-        self._layout.close(track.slot)
-        del self._running[seq]
-        request.computed = request.blocks = 0
-        request.status = Status.WAITING
-        request.preemptions += 1
-        self.counters.num_preemptions += 1
-        track.rank = (request.priority, False, request.due, seq)
-        self._enqueue(track)
+    def _read_prompt_logprobs(self, probe: Probe, logits: torch.Tensor) -> None:
+        logs = probe.track.prompt_logprobs
+        assert logs is not None
+        following = torch.from_numpy(probe.track.tokens[len(logs) : len(logs) + probe.count].copy())
+        wanted = [probe.track.state.params.prompt_logprobs or 0] * probe.count
+        logs.extend(top_logprobs(logits[probe.row : probe.row + probe.count], following, wanted))
 
-    def _prepare(
-        self, chunks: Sequence[Chunk], now: float, guesses: dict[int, Proposal]
-    ) -> list[tuple[_Track, int, int]]:
-        """Admit and give blocks; the work as (track, start, end).
-
-        Prefixes of all admitted sequences are taken before any block is given, so that no gift evicts a prefix that
-        the plan counted on.
-        """
-        work: list[tuple[_Track, int, int]] = []
-        tracks, size = self._tracks, self.block_size
-        for chunk in chunks:
-            track = tracks[chunk.seq]
-            request = track.request
-            start = chunk.start
-            if request.status is Status.WAITING:
-                start = self._admit(track, now)
-            verifies = chunk.kind is ChunkKind.VERIFY
-            work.append((track, start, start + chunk.length if verifies else min(start + chunk.length, request.known)))
-        short = False
-        for index, (track, _, end) in enumerate(work):
-            request = track.request
-            if end > request.blocks * size:
-                try:
-                    self._grow(track, end)
-                except OutOfBlocksError:  # a shared prefix took free blocks that the plan counted twice
-                    if guesses.pop(request.seq, None) is not None:  # go on without the guesses, if that helps
-                        end = request.known
-                        work[index] = (track, request.computed, end)
-                        if end <= request.blocks * size or self.pool.can_grow(request.seq, end):
-                            self._grow(track, end)
-                            continue
-                    short = True
-                    work[index] = (track, 0, 0)
-        if short:
-            work = [item for item in work if item[2] > item[1]]
-        return work
-
-    def _admit(self, track: _Track, now: float) -> int:
-        request = track.request
-        tokens = () if track.prompt_logprobs is not None else track.tokens[: request.known]
-        found = self.pool.open(request.seq, tokens)
-        self._waiting.remove(track)
-        self._queue_stale = True
-        track.slot = self._layout.open()
-        request.status = Status.RUNNING
-        request.computed = found
-        table = self.pool.table(request.seq)
-        request.blocks = len(table)
-        if table:
-            self._layout.extend(track.slot, 0, table)
-        if request.first_scheduled is None:
-            request.first_scheduled = now
-            track.cached = track.highest = found
-        self._running[request.seq] = request
-        return found
-
-    def _grow(self, track: _Track, length: int) -> None:
-        request = track.request
-        held = request.blocks
-        self.pool.grow(request.seq, length)
-        table = self.pool.table(request.seq)
-        request.blocks = len(table)
-        self._layout.extend(track.slot, held, table[held:])
-
-    def _build(
-        self, work: list[tuple[_Track, int, int]], guesses: dict[int, Proposal], forks: dict[int, Fork]
-    ) -> tuple[RaggedBatch, list[tuple[_Track, int]], list[tuple[int, int, int]]]:
-        """The batch, the tracks that get a token with their rows, and (work, first row, rows) of prompt logprobs."""
-        size = self.block_size
-        width = blocks_for(max(end for _, _, end in work), size)
-        plain = all(end - start == 1 and end == t.request.known and t.prompt_logprobs is None for t, start, end in work)
-        if plain:
-            ids = [int(track.tokens[start]) for track, start, _ in work]
-            starts = [start for _, start, _ in work]
-            slots = [track.slot for track, _, _ in work]
-            ready = [(track, row) for row, (track, _, _) in enumerate(work)]
-            return self._layout.build_decode(ids, starts, slots, width), ready, []
-        rows: list[int] = []
-        ready = []
-        probes: list[tuple[int, int, int]] = []
-        at = 0
-        for index, (track, start, end) in enumerate(work):
-            last = at + end - start
-            done = end >= track.request.known
-            logs = track.prompt_logprobs
-            if logs is not None and len(logs) <= track.request.prompt_len:
-                first = max(0, len(logs) - 1 - start)  # the logits at p belong to the token at p + 1
-                count = min(end, track.request.prompt_len - 1) - start - first
-                if count > 0:
-                    probes.append((index, len(rows), count))
-                    rows.extend(range(at + first, at + first + count))
-            if done:
-                ready.append((track, len(rows)))
-                rows.extend(range(last - 1 - (end - track.request.known), last))  # with guesses: one more each
-            at = last
-        pieces = [
-            track.tokens[start:end]
-            if end <= track.request.known
-            else np.concatenate([track.tokens[start : track.request.known], guesses[track.request.seq].tokens])
-            for track, start, end in work
-        ]
-        contexts = [start for _, start, _ in work]
-        slots = [track.slot for track, _, _ in work]
-        if forks:
-            branches = [forks.get(track.request.seq) for track, _, _ in work]
-            return self._layout.build_forked(pieces, contexts, slots, rows, width, branches), ready, probes
-        return self._layout.build(pieces, contexts, slots, rows, width), ready, probes
-
-    def _account(self, work: list[tuple[_Track, int, int]]) -> None:
-        pool = self.pool
-        for track, start, end in work:
-            request = track.request
-            request.computed = end
-            if start < track.highest:
-                again = min(end, track.highest) - start
-                track.recomputed += again
-                self.counters.recomputed_tokens += again
-            if end > track.highest:
-                track.highest = end
-            if pool.needs_commit(request.seq, end):
-                pool.commit(request.seq, track.tokens[:end])
-                self._version += 1
-
-    def _read_prompt_logprobs(
-        self, work: list[tuple[_Track, int, int]], logits: torch.Tensor, probes: list[tuple[int, int, int]]
-    ) -> None:
-        for index, row, count in probes:
-            track = work[index][0]
-            logs = track.prompt_logprobs
-            assert logs is not None
-            following = torch.from_numpy(track.tokens[len(logs) : len(logs) + count].copy())
-            wanted = [track.state.params.prompt_logprobs or 0] * count
-            logs.extend(top_logprobs(logits[row : row + count], following, wanted))
-
-    def _hand_out(self, tracks: list[_Track], rows: list[int], sampled: Sampled, outputs: list[Output]) -> None:
+    def _hand_out(self, tracks: list[Track], rows: list[int], sampled: Sampled, outputs: list[Output]) -> None:
         """Give each track the token of its row; a track that occurs again takes several, until one ends it."""
         now = self.clock.now()
         stats = self.counters
@@ -717,7 +387,7 @@ class Engine:
         if gaps:
             stats.itl.add_many(gaps)
 
-    def _first_token(self, track: _Track, now: float, output: Output) -> None:
+    def _first_token(self, track: Track, now: float, output: Output) -> None:
         request = track.request
         output.prompt_logprobs = track.prompt_logprobs
         self.counters.prompt_tokens += request.prompt_len
@@ -725,40 +395,17 @@ class Engine:
         self.counters.ttft.add(now - request.arrival)
         if request.first_scheduled is not None:
             self.counters.queue.add(request.first_scheduled - request.arrival)
-        self._release_followers(track)
+        self._roster.release_followers(track)
 
-    def _release_followers(self, track: _Track) -> None:
-        followers, track.followers = track.followers, None
-        for follower in followers or ():
-            self._enqueue(follower)
-
-    def _finish(self, track: _Track, reason: FinishReason, output: Output | None = None) -> None:
+    def _finish(self, track: Track, reason: FinishReason, output: Output | None = None) -> None:
         request = track.request
         seq = request.seq
-        if request.status is Status.RUNNING:
-            if self._store is not None and reason is not FinishReason.ERROR:
-                names = self.pool.names(track.tokens[: request.computed + 1])
-                self._store.offer(names, self.cache, self.pool.table(seq))
-            self.pool.free(seq)
-            self._layout.close(track.slot)
-            del self._running[seq]
-        elif track in self._waiting:
-            self._waiting.remove(track)
-            self._queue_stale = True
-        else:  # it waits behind the sequence it follows
-            for leader in self._tracks.values():
-                if leader.followers and track in leader.followers:
-                    leader.followers.remove(track)
-        del self._tracks[seq]
-        if self._speculator is not None:
-            self._speculator.forget(seq)
-        request.status = Status.FINISHED
-        request.blocks = 0
-        if track.followers:
-            heir, *rest = track.followers  # the next one computes the prompt for the others
-            track.followers = None
-            heir.followers = rest or None
-            self._enqueue(heir)
+        if self._store is not None and request.status is Status.RUNNING and reason is not FinishReason.ERROR:
+            names = self.pool.names(track.tokens[: request.computed + 1])
+            self._store.offer(names, self.cache, self.pool.table(seq))
+        self._roster.leave(track)
+        if self._guessing is not None:
+            self._guessing.speculator.forget(seq)
         times = request.token_times
         error = output.error if output is not None else None
         self.records.append(
@@ -798,11 +445,11 @@ class Engine:
 
     def reset(self) -> None:
         """Forget counters, records and cached prefixes, as after a warm-up. ``EngineError`` while sequences live."""
-        if self._tracks:
-            raise EngineError(f"{len(self._tracks)} sequences live; reset an engine that is idle")
+        if self._roster.tracks:
+            raise EngineError(f"{len(self._roster.tracks)} sequences live; reset an engine that is idle")
         self.counters = EngineStats()
-        if self._speculator is not None:
-            self._speculator.reset()
+        if self._guessing is not None:
+            self._guessing.speculator.reset()
         self.records.clear()
         self.pool.forget_prefixes()
         self.pool.queries = self.pool.hits = 0
@@ -819,8 +466,8 @@ class Engine:
         snapshot = self.counters.snapshot()
         snapshot["counters"]["prefix_cache_queries"] = self.pool.queries
         snapshot["counters"]["prefix_cache_hits"] = self.pool.hits
-        if self._speculator is not None:
-            snapshot["counters"].update(self._speculator.stats.counters())
+        if self._guessing is not None:
+            snapshot["counters"].update(self._guessing.speculator.stats.counters())
         if self._store is not None:
             snapshot["counters"].update(self._store.counters())
         snapshot["gauges"] = {
@@ -836,24 +483,11 @@ class Engine:
     @property
     def speculation(self) -> SpeculationStats | None:
         """What speculation did so far; None where nothing guesses."""
-        return None if self._speculator is None else self._speculator.stats
+        return None if self._guessing is None else self._guessing.speculator.stats
 
     def check_integrity(self) -> None:
         """Raise :class:`~hasten.errors.CacheError` or ``EngineError`` unless books, tables and sequences agree."""
-        self.pool.check_integrity()
-        for seq, request in self._running.items():
-            track = self._tracks.get(seq)
-            if track is None or request.status is not Status.RUNNING:
-                raise EngineError(f"sequence {seq} runs and is {request.status.value}")
-            if len(self.pool.table(seq)) != request.blocks:
-                raise EngineError(f"sequence {seq} says {request.blocks} blocks, the pool {len(self.pool.table(seq))}")
-            if request.computed >= request.known or request.computed > request.blocks * self.block_size:
-                raise EngineError(f"sequence {seq} has {request.computed} of {request.known} tokens computed")
-        held = sum(len(t.followers or ()) for t in self._tracks.values())
-        if len(self._running) + len(self._waiting) + held != len(self._tracks):
-            raise EngineError(f"{len(self._tracks)} sequences, {len(self._running)} run, {len(self._waiting)} wait")
-        if not self._tracks and self.pool.num_free != self.pool.num_blocks:
-            raise EngineError(f"no sequence is left and {self.pool.num_blocks - self.pool.num_free} blocks are held")
+        self._roster.check_integrity()
 
     # ---- whole answers --------------------------------------------------------------------------------------------
 
@@ -866,68 +500,11 @@ class Engine:
 
         Runs until nothing is left to do, so other requests that were added before finish too (their outputs are lost).
         """
-        tokens = [self.tokenize(p) if isinstance(p, str) else list(p) for p in prompts]
-        choices = [params or SamplingParams()] * len(tokens) if not isinstance(params, Sequence) else list(params)
-        if len(choices) != len(tokens):
-            raise InvalidRequestError(
-                f"{len(tokens)} prompts and {len(choices)} params were given; give one per prompt"
-            )
-        for prompt, choice in zip(tokens, choices, strict=True):
-            self.check(prompt, choice)
-        live: dict[int, tuple[Completion, AnswerText | None]] = {}
-        out: list[Completion] = []
-        for prompt, choice in zip(tokens, choices, strict=True):
-            completion = Completion(prompt)
-            out.append(completion)
-            text = AnswerText(self.tokenizer, choice) if self.tokenizer is not None else None
-            live[self.add(prompt, choice)] = (completion, text)
-        while live:
-            for output in self.step():
-                if output.seq in live:
-                    self._take(output, live)
-        return out
-
-    def _take(self, output: Output, live: dict[int, tuple[Completion, AnswerText | None]]) -> None:
-        completion, text = live[output.seq]
-        new = [] if output.token is None else [output.token]
-        completion.tokens += new
-        if output.prompt_logprobs is not None:
-            completion.prompt_logprobs = output.prompt_logprobs
-        if output.logprobs is not None:
-            completion.logprobs.append(output.logprobs)
-        if text is not None:
-            completion.text += text.push(new, finish=output.finish, stop_token=output.stop_token)
-            if text.stopped is not None and output.finish is None:
-                self.cancel(output.seq, FinishReason.STOP)
-                output.finish = FinishReason.STOP
-        if output.finish is not None:
-            stopped = text is not None and text.stopped is not None
-            completion.finish_reason = "stop" if stopped else output.finish.value
-            completion.timing = output.timing
-            completion.error = output.error
-            del live[output.seq]
+        return answers.generate(self, prompts, params)
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The answer's text piece by piece; leaving the loop early cancels the request."""
-        params = params or SamplingParams()
-        if self.tokenizer is None:
-            raise ConfigurationError("text needs a model with a tokenizer; use add and step")
-        seq = self.add(self.tokenize(prompt) if isinstance(prompt, str) else prompt, params)
-        text = AnswerText(self.tokenizer, params)
-        try:
-            while seq in self._tracks or self._held:
-                for output in self.step():
-                    if output.seq != seq:
-                        continue
-                    new = [] if output.token is None else [output.token]
-                    piece = text.push(new, finish=output.finish, stop_token=output.stop_token)
-                    if piece:
-                        yield piece
-                    if text.stopped is not None:
-                        self.cancel(seq, FinishReason.STOP)
-                        return
-        finally:
-            self.cancel(seq)
+        return answers.stream(self, prompt, params)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of ``text``; raises ``ConfigurationError`` if the model came without a tokenizer."""
