@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.language import kernels_tiles
+from hasten.language import kernels_tiles, kernels_tiles_plan
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model
 from hasten.language.ragged import RaggedBatch
@@ -93,10 +93,10 @@ def test_what_lies_behind_the_end_is_never_read():
 
 def test_the_plan_covers_every_key_once():
     starts, places = np.array([0, 1, 61], np.int32), np.array([5000, *range(1000, 1060)], np.int32)
-    begins, near = kernels_tiles.split(starts, places, 1 << 30)
+    begins, near = kernels_tiles_plan.split(starts, places, 1 << 30)
     assert begins.tolist() == [0, 1 + 24]
     assert (near >= 0).sum() == 24
-    items, merges, cuts, states, tiles = kernels_tiles.plan(starts, begins, places, 2, 3, 2)
+    items, merges, cuts, states, tiles = kernels_tiles_plan.plan(starts, begins, places, 2, 3, 2)
     assert sorted(set(items[:, 0].tolist())) == [0, 1]
     assert cuts[0] == 0
     assert cuts[-1] == len(items)

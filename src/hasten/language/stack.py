@@ -12,7 +12,7 @@ from hasten.language import kernels_decode, kernels_tiles
 from hasten.language.config import DecoderConfig
 from hasten.language.kernels_cpu import PARALLEL_WORK, Step, cut_rows
 from hasten.language.kernels_paged import PAGE, paged_kernel_takes
-from hasten.language.kernels_tiles import FAR, plan, split
+from hasten.language.kernels_tiles_plan import FAR, plan, split
 
 __all__ = ["Stack"]
 

@@ -1,9 +1,8 @@
 """The front's side of an engine process: submits requests, hands out their news, keeps the process alive.
 
-Everything runs on one asyncio loop. A request is a :class:`Ticket` over one or more sequences; its news wait in a
-bounded list until the handler takes them, so a reader that stops reading costs a fixed amount of memory and is then
-cancelled. When the engine process ends, every open ticket fails with ``EngineDeadError`` and another process is
-started, after a delay that doubles with each failure.
+Everything runs on one asyncio loop. A request is a :class:`Ticket` over one or more sequences, which the handler reads.
+When the engine process ends, every open ticket fails with ``EngineDeadError`` and another process is started, after a
+delay that doubles with each failure.
 """
 
 from __future__ import annotations
@@ -33,17 +32,15 @@ from hasten.language.params import SamplingParams
 from hasten.language.tokenizer import NoTokenizer, Tokenizer
 from hasten.serve.balance import Load
 from hasten.serve.link import Unpacker, pack
+from hasten.serve.ticket import Ticket
 from hasten.serve.worker import WorkerConfig
 
 if TYPE_CHECKING:
-    from hasten.serve.output import Output
+    pass
 
-__all__ = ["AsyncEngine", "EngineInfo", "News", "Ticket", "count_refusal"]
+__all__ = ["AsyncEngine", "EngineInfo", "count_refusal"]
 
 logger = logging.getLogger("hasten.serve")
-
-News = tuple[int, int | None, "Output | None"]
-"""(index of the sequence in its ticket, new token, everything else where there is more)"""
 
 _HEALTHY = 30.0
 """seconds of life after which a process counts as sound and the delay of restarts is reset"""
@@ -59,84 +56,6 @@ class EngineInfo:
         self.max_model_len: int = data["max_model_len"]
         state = data["tokenizer"]
         self.tokenizer: Tokenizer = NoTokenizer(self.vocab_size) if state is None else Tokenizer(*state)
-
-
-class Ticket:
-    """The news of one request, for one reader."""
-
-    def __init__(self, engine: AsyncEngine, names: list[int], limit: int) -> None:
-        self._engine = engine
-        self._names = names
-        self._open = dict(zip(names, range(len(names)), strict=True))
-        self._news: list[News] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._limit = limit
-        self._error: HastenError | None = None
-        self.reader: asyncio.Task[Any] | None = None
-        """the task that is cancelled when the reader is too far behind"""
-        self.overflowed = False
-
-    async def next(self) -> list[News]:
-        """What has come since the last call; waits for something. Empty when every sequence has ended.
-
-        Raises the error that ended the request. One caller at a time.
-        """
-        while not self._news:
-            if self._error is not None:
-                raise self._error
-            if not self._open:
-                return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        news, self._news = self._news, []
-        return news
-
-    def stop(self, index: int, *, met: bool = True) -> None:
-        """End one sequence: its stop string was met (or, with ``met`` false, nobody wants it any more)."""
-        name = self._names[index]
-        if self._open.pop(name, None) is not None:
-            self._engine._cancel([name], stop=met)
-            self._wake()
-
-    def cancel(self) -> None:
-        """End what still runs; blocks are freed before the engine's next step. May be called again."""
-        names = list(self._open)
-        self._open.clear()
-        if names:
-            self._engine._cancel(names, stop=False)
-        self._wake()
-
-    # called by the engine
-
-    def push(self, name: int, token: int | None, output: Output | None) -> bool:
-        """Take one piece of news; False when the reader is too far behind and the ticket was cancelled."""
-        index = self._open.get(name)
-        if index is None:
-            return True
-        self._news.append((index, token, output))
-        if output is not None and output.finish is not None:
-            del self._open[name]
-        elif len(self._news) > self._limit:
-            self._news.clear()
-            self.overflowed = True
-            if self.reader is not None:
-                self.reader.cancel()
-            self.fail(OverloadedError(f"the client is {self._limit} tokens behind; the request was cancelled"))
-            return False
-        self._wake()
-        return True
-
-    def fail(self, error: HastenError) -> None:
-        """End the request with ``error``."""
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class _Wire(asyncio.Protocol):
@@ -445,7 +364,7 @@ class AsyncEngine:
                 self._waiting[name] = 0 if copy else len(prompt)
                 leader = name if leader is None else leader
             self._waiting_tokens += len(prompt)
-        ticket = Ticket(self, names, max(self._max_pending, 64 * len(names)))
+        ticket = Ticket(names, max(self._max_pending, 64 * len(names)), self._cancel)
         for name in names:
             self._tickets[name] = ticket
         self._idle.clear()
@@ -471,7 +390,7 @@ class AsyncEngine:
                 )
         params.check_vocabulary(info.vocab_size)
 
-    def _cancel(self, names: list[int], *, stop: bool) -> None:
+    def _cancel(self, names: list[int], stop: bool) -> None:
         for name in names:
             self._tickets.pop(name, None)
             self._waiting_tokens -= self._waiting.pop(name, 0)

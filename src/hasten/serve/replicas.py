@@ -19,7 +19,8 @@ from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, EngineDeadError, EngineStoppingError, OverloadedError
 from hasten.language.params import SamplingParams
 from hasten.serve.balance import Balancer, LeastTokens
-from hasten.serve.front import AsyncEngine, EngineInfo, Ticket, count_refusal
+from hasten.serve.front import AsyncEngine, EngineInfo, count_refusal
+from hasten.serve.ticket import Ticket
 from hasten.serve.worker import WorkerConfig
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,84 +26,16 @@ from hasten.serve.batch import Chunk, ChunkKind, Observation, StepPlan, blocks_f
 from hasten.serve.cost import IterationCost
 from hasten.serve.metrics import Distribution, RequestRecord, ServingMetrics, summarise
 from hasten.serve.policy.base import Policy
-from hasten.serve.policy.speculation import DraftCost, SpeculationObservation, SpeculationPolicy
 from hasten.serve.request import Sequence, Status
+from hasten.serve.simulated_guesses import Guesser, SimulatedSpeculation
 from hasten.serve.workload import RequestSpec
 
-__all__ = ["SimulatedEngine", "SimulatedSpeculation", "SimulationReport", "Simulator"]
+__all__ = ["SimulatedEngine", "SimulationReport", "Simulator"]
 
 
 def _turn(seq: Sequence) -> tuple[int, bool, float, int]:
     """Place among those that wait, as in the engine: what was preempted goes before what is new."""
     return (seq.priority, seq.preemptions == 0, seq.due, seq.seq)
-
-
-@dataclass(frozen=True)
-class SimulatedSpeculation:
-    """Speculation for a simulated engine: the real policy and the real estimate, with acceptance drawn by chance.
-
-    The policy is not told ``alpha``; it learns it from what stands, as in the engine.
-    """
-
-    policy: SpeculationPolicy
-    """decides the lengths"""
-    alpha: Callable[[float], float]
-    """chance that a guess stands, by simulated time; guesses behind one that fell are not tested"""
-    cost: IterationCost
-    """what the policy believes a step to cost"""
-    draft: DraftCost = DraftCost()
-    """what guessing costs, in truth and in the policy's belief"""
-    seed: int = 0
-
-    def start(self) -> Guesser:
-        """State for one engine."""
-        return Guesser(self)
-
-
-class Guesser:
-    """What a simulated engine learns while it guesses."""
-
-    def __init__(self, plan: SimulatedSpeculation) -> None:
-        from hasten.serve.guess_costs import Acceptance
-
-        self.policy, self.draft = plan.policy, plan.draft
-        self.acceptance = Acceptance(getattr(plan.policy, "window", 100))
-        self._plan = plan
-        self._random = np.random.default_rng(plan.seed)
-        self._since = 0
-        self.now = 0.0
-
-    def lengths(
-        self, seqs: SequenceOf[int], contexts: SequenceOf[int], pieces: int, limits: SequenceOf[int]
-    ) -> list[int]:
-        """Guesses for each decode, with a probe now and then where none would be made."""
-        found = self.policy.decide(
-            SpeculationObservation(
-                [self.acceptance.alpha(s) for s in seqs],
-                contexts,
-                pieces,
-                limits,
-                cost=self._plan.cost,
-                draft=self.draft,
-            )  # fmt: skip
-        )
-        if any(found):
-            self._since = 0
-            return found
-        self._since += 1
-        if self._since >= getattr(self.policy, "probe_every", 1 << 60):
-            self._since = 0
-            return [min(1, limit) for limit in limits]
-        return found
-
-    def outcome(self, seq: int, proposed: int) -> int:
-        """How many of the guesses stand; the estimate learns it."""
-        alpha = self._plan.alpha(self.now)
-        stood = 0
-        while stood < proposed and self._random.random() < alpha:
-            stood += 1
-        self.acceptance.learn(seq, stood, proposed)
-        return stood
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def _run(
 ) -> tuple[Any, float]:
     from hasten.serve.cost import IterationCost
     from hasten.serve.policy import DraftCost, StallFree
-    from hasten.serve.simulate import SimulatedSpeculation, Simulator
+    from hasten.serve.simulate import Simulator
+    from hasten.serve.simulated_guesses import SimulatedSpeculation
     from hasten.serve.workload import RequestSpec
 
     cost = IterationCost(m0=9e-3, m1=4e-8, m2=2e-5, a=3e-3, b=9e-5, c=4e-10)  # a 7B model on one accelerator

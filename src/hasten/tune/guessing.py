@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hasten.language.speculate.proposal import Ask, Proposal
     from hasten.serve.cost import IterationCost
     from hasten.serve.policy.speculation import DraftCost, SpeculationPolicy
-    from hasten.serve.simulate import SimulatedSpeculation
+    from hasten.serve.simulated_guesses import SimulatedSpeculation
     from hasten.tune.space import Point
 
 __all__ = ["Guessing", "measure_guessing", "policy_of", "prompts_for", "words_for"]
@@ -46,7 +46,7 @@ class Guessing:
 
     def simulated(self, point: Point, cost: IterationCost, seed: int = 0) -> SimulatedSpeculation:
         """For :class:`~hasten.serve.simulate.Simulator`, with the lengths that a point asks for."""
-        from hasten.serve.simulate import SimulatedSpeculation as Plan
+        from hasten.serve.simulated_guesses import SimulatedSpeculation as Plan
 
         policy = policy_of(point, cost)
         assert policy is not None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.language.params import SamplingParams, TokenLogprobs
 from hasten.language.tokenizer import Tokenizer
-from hasten.serve.front import News, Ticket
 from hasten.serve.output import AnswerText, Timing
+from hasten.serve.ticket import News, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

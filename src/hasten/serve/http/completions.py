@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import EngineDeadError, EngineError, HastenError, InvalidRequestError
-from hasten.serve.front import Ticket
 from hasten.serve.http.answer import (
     Answer,
     Piece,
@@ -29,6 +28,7 @@ from hasten.serve.http.answer import (
 from hasten.serve.http.errors import error_body, error_object
 from hasten.serve.http.params import parse, sampling_params, slo_of
 from hasten.serve.http.schemas import ChatMessage, ChatRequest, CompletionRequest
+from hasten.serve.ticket import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
