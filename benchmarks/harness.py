@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hasten.clock import MonotonicClock
-from hasten.measure.files import write_text
+from hasten.files import write_text
 from hasten.measure.machine import Machine
 from hasten.measure.stats import paired_ratio
 

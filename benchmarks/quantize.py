@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hasten.compress.quantize import NF4, Format, Gptq, Int, MiniFloat, Mse, PerChannel, PerGroup, Quantize
+from hasten.files import write_text
 from hasten.measure import Machine
-from hasten.measure.files import write_text
 
 Weights = dict[str, Tensor]
 _WINDOW = 512
@@ -248,10 +248,65 @@ def vision(data: Path | None) -> tuple[nn.Module, list[Any], str, Callable[[nn.M
     return model, part.batches(images, 512), "", score
 
 
+def reordered(model: nn.Module, orders: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Copies of the linear layers with their inputs in other orders, and these orders; the first is the model's own.
+
+    The function of a layer does not depend on the order of its inputs, but which of them share a scale does, and with
+    it every rounding. A single rounding of a small model is worth little: its loss differs from order to order by more
+    than formats differ. The mean over orders is what a way of rounding costs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layers = linear_layers(model)
+    drawn = [
+        {n: torch.randperm(m.in_features, generator=generator) if k else torch.arange(m.in_features)
+         for n, m in layers.items()}
+        for k in range(orders)
+    ]  # fmt: skip
+    every = nn.ModuleList()
+    for order in drawn:
+        copies = nn.ModuleDict()
+        for name, layer in layers.items():
+            other = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            other.weight = nn.Parameter(layer.weight.detach()[:, order[name]], requires_grad=False)
+            copies[name.replace(".", "/")] = other
+        every.append(copies)
+    return every, drawn
+
+
+def put_back(weights: Weights, drawn: list[dict[str, Tensor]]) -> list[Weights]:
+    """Rounded weights of :func:`reordered`, one set for each order, in the order of the model."""
+    found: list[Weights] = [{} for _ in drawn]
+    for path, weight in weights.items():
+        number, _, name = path.partition(".")
+        layer = name.replace("/", ".")
+        back = torch.empty_like(weight.float())
+        back[:, drawn[int(number)][layer]] = weight.float()
+        found[int(number)][layer] = back
+    return found
+
+
+def in_many_orders(
+    what: str, model: nn.Module, score: Callable[[nn.Module], float], orders: int, extra: list[str]
+) -> Row:
+    """int4 to nearest, the mean over orders of the inputs, for us and torchao."""
+    every, drawn = reordered(model, orders)
+    fmt = Int(4, PerGroup(1, 32), symmetric=False, observer=Mse())
+    reply = ask("torchao", every, [], "", extra, bits=4, group=32, affine=True)
+    name = f"{what}: int4 g32, nearest, mean of {orders} orders of inputs"
+    mine = [score(with_weights(model, w)) for w in put_back(ours(every, fmt, [])[0], drawn)]
+    own = float(torch.tensor(mine).mean())
+    if isinstance(reply, str):
+        return Row(name, "torchao", ours=own, note=f"not here: {reply}")
+    peers = [score(with_weights(model, w)) for w in put_back(reply[0], drawn)]
+    theirs = float(torch.tensor(peers).mean())
+    spread = f"spread of one order: {torch.tensor(mine).std():.4f} and {torch.tensor(peers).std():.4f}"
+    return Row(name, "torchao", own, theirs, "", theirs / own, at_least=0.999, note=spread)
+
+
 def pairs(quick: bool) -> list[tuple[str, Format, tuple[Any, ...], str, dict[str, Any]]]:
     """(what, our format, our steps, peer, its knobs), at no more bits than the peer."""
     int4 = Int(4, PerGroup(1, 32), symmetric=False, observer=Mse())
-    gptq4 = Int(4, PerGroup(1, 32), observer=Mse())
+    gptq4 = Int(4, PerGroup(1, 32), full_range=True, observer=Mse())
     int3 = Int(3, PerGroup(1, 32), symmetric=False, observer=Mse())
     found: list[tuple[str, Format, tuple[Any, ...], str, dict[str, Any]]] = [
         ("int8 per channel, nearest", Int(8, PerChannel(0)), (), "torchao", {"bits": 8, "group": 0, "affine": False}),
@@ -272,6 +327,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of public data sets (Fashion-MNIST)")
     parser.add_argument("--peers", action="append", default=[], help="a folder with peers' packages; may be repeated")
     parser.add_argument("--quick", action="store_true", help="fewer rows and less text")
+    parser.add_argument("--orders", type=int, default=16, help="orders of inputs over which int4 is averaged; 0: none")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     parser.add_argument("--worker", nargs=2, metavar=("GIVEN", "TAKEN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,6 +360,9 @@ def main() -> None:
             theirs = score(with_weights(model, reply[0]))
             note = f"{bits:.2f} against {reply[1]:.2f} bits"
             rows.append(Row(f"{what}: {name}", peer, mine, theirs, "", theirs / mine, at_least=0.999, note=note))
+        if options.orders and what.startswith("vision"):
+            told.print(f"{what}: other orders of inputs")
+            rows.append(in_many_orders(what, model, score, options.orders, options.peers))
     show(rows)
     if options.output:
         write_text(

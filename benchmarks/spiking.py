@@ -157,23 +157,32 @@ def one_step(data: Path | None, rounds: int, seeds: int) -> list[Row]:
 
 
 def spoken(data: Path | None) -> list[Row]:
-    """Recordings that no training has heard, half a second of silence between them, in chunks of 20 ms."""
+    """Recordings that no training has heard, half a second of silence between them, in chunks of 20 ms.
+
+    Twice: the recogniser as users get it on takes 0 to 4, which were looked at while it was made, and one that was
+    trained without takes 30 to 34 on these, which nobody looked at.
+    """
+    path = (data or Path()) / "speech" / "fsdd_8k.npz"
+    if not path.exists():
+        return [Row("spoken digits, live", note="speech/fsdd_8k.npz is not in --data")]
+    return [row for last in (False, True) for row in live(path, last)]
+
+
+def live(path: Path, last: bool) -> list[Row]:
+    """One recogniser on the five takes of each word that its training did not hear."""
     import numpy as np
     import torch
 
     from hasten.clock import MonotonicClock
     from hasten.spiking import load_recogniser
 
-    path = (data or Path()) / "speech" / "fsdd_8k.npz"
-    label = "spoken digits, live"
-    if not path.exists():
-        return [Row(label, note="speech/fsdd_8k.npz is not in --data")]
-    recogniser, _ = load_recogniser(path)
+    label = "spoken digits, live, untouched takes" if last else "spoken digits, live"
+    recogniser, _ = load_recogniser(path, last=last)
     rate, clock = recogniser.ear.sample_rate, MonotonicClock()
     with np.load(path) as z:
         audio, offsets, digits, take = z["audio"], z["offsets"], z["label"], z["take"]
     pieces, spans, at = [], [], 0
-    for index in np.flatnonzero(take < 5):
+    for index in np.flatnonzero(take > take.max() - 5 if last else take < 5):
         sound = audio[offsets[index] : offsets[index + 1]].astype(np.float32) / 32768
         spans.append((at / rate, (at + len(sound)) / rate, int(digits[index])))
         pieces += [sound, np.zeros(rate // 2, np.float32)]
@@ -188,10 +197,10 @@ def spoken(data: Path | None) -> list[Row]:
     right = [w for found, (_, _, digit) in zip(heard, spans, strict=True) for w in found[:1] if w.digit == digit]
     delays, costs = sorted(w.latency for w in words), sorted(costs)
     count = sum(bool(found) for found in heard)
-    note = f"{len(spans)} recordings of takes 0 to 4, {len(words)} words decided"
+    note = f"{len(spans)} recordings of takes {'30 to 34' if last else '0 to 4'}, {len(words)} words decided"
     return [
         Row(f"{label}: heard", ours=100 * count / len(spans), unit="%", note=note),
-        Row(f"{label}: right of those heard", ours=100 * len(right) / max(1, count), unit="%"),
+        Row(f"{label}: right of all", ours=100 * len(right) / len(spans), unit="%"),
         Row(f"{label}: sound until the decision, median", ours=1e3 * delays[len(delays) // 2], unit="ms"),
         Row(f"{label}: the same, 99 %", ours=1e3 * delays[int(0.99 * len(delays))], unit="ms"),
         Row(f"{label}: computing per 20 ms, median", ours=1e3 * costs[len(costs) // 2], unit="ms"),

@@ -59,6 +59,23 @@ def test_the_life_of_an_index(place, tmp_path):
     assert told["repair"]["corrupt"] == 1
 
 
+def test_results_go_to_a_new_folder_whole(place, tmp_path):
+    run("search", place / "index", place / "queries.npy", "-k", 2, "--output", tmp_path / "new" / "o.npz")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["o.npz"]
+    assert np.load(tmp_path / "new" / "o.npz")["ids"].shape == (40, 2)
+
+
+def test_the_truth_of_ann_benchmarks_is_taken_from_its_file(place, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    truth = np.array(run("search", place / "index", place / "queries.npy", "-k", 5, "--exact", "--json")["ids"])
+    with h5py.File(tmp_path / "set.hdf5", "w") as file:
+        file["train"], file["test"] = np.load(place / "rows.npy"), np.load(place / "queries.npy")
+        file["neighbors"] = truth.astype(np.int32)
+    given = ["-k", 5, "--lists", "256", "--truth", tmp_path / "set.hdf5", "--json"]
+    told = run("bench", place / "index", tmp_path / "set.hdf5", *given)
+    assert told["points"][0]["recall"] == 1.0
+
+
 def test_bench_tune_and_cost(place):
     told = run("bench", place / "index", place / "queries.npy", "--lists", "2,16", "--json")
     assert [round(p["lists"]) for p in told["points"]] == [2, 16]
@@ -79,12 +96,17 @@ def test_bench_tune_and_cost(place):
         (["build", "nowhere.npy", "x"], "not a file"),
         (["search", "nowhere", "q.npy"], "holds no index"),
         (["cost", "1e6", "-b", "3"], "1, 2 or 4"),
+        (["build", "rows.npy", "x", "--ids", "nowhere.npy"], "--ids is 'nowhere.npy'"),
+        (["build", "rows.npy", "x", "--ids", "text.npy"], "no .npy file"),
+        (["search", "x", "rows.npy", "--where", "[1,"], "not JSON"),
     ],
 )
 def test_errors_are_raised_for_main(words, word, tmp_path, monkeypatch):
     from hasten.errors import HastenError
 
     monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "text.npy").write_text("1 2 3")
     result = runner.invoke(app, ["index", *words])
     assert isinstance(result.exception, HastenError)
     assert word in str(result.exception)

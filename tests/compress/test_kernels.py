@@ -11,7 +11,7 @@ from hasten.clock import ManualClock
 from hasten.compress import kernels
 from hasten.errors import ConfigurationError
 from hasten.measure import Protocol
-from hasten.measure.files import cache_folder
+from hasten.measure.cache import cache_folder
 
 NAMES = [k.name for k in kernels.available()]
 

@@ -7,7 +7,7 @@ import pytest
 from hasten.clock import MonotonicClock
 from hasten.measure import bandwidth
 from hasten.measure.bandwidth import Ceilings, measure_ceilings
-from hasten.measure.files import cache_folder
+from hasten.measure.cache import cache_folder
 
 SMALL = {"size": 2**20, "width": 64, "limit": 0.01}
 

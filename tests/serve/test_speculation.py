@@ -16,8 +16,9 @@ from hasten.language.cache import BlockPool
 from hasten.language.params import SamplingParams
 from hasten.language.speculate import PromptLookup
 from hasten.language.speculate.proposal import Proposal
+from hasten.serve.acceptance import Acceptance
 from hasten.serve.engine import Engine
-from hasten.serve.guess_costs import Acceptance, StepTimes
+from hasten.serve.guess_costs import StepTimes
 from hasten.serve.http.metrics import render
 from hasten.serve.policy import FixedSpeculation, GoodputSpeculation, make
 

@@ -23,8 +23,8 @@ def tokens(time: int = 150, batch: int = 2) -> torch.Tensor:
     return torch.randint(0, 20, (batch, time), generator=torch.Generator().manual_seed(0))
 
 
-def slow_recall(q, k, v, tau):  # type: ignore[no-untyped-def]
-    trace, out = torch.zeros(*q.shape[:2], q.shape[-1], q.shape[-1], dtype=q.dtype), []
+def slow_recall(q, k, v, tau, trace):  # type: ignore[no-untyped-def]
+    out = []
     for t in range(q.shape[2]):
         trace = torch.exp(-1 / tau).unsqueeze(-1) * trace + k[:, :, t].unsqueeze(-1) * v[:, :, t].unsqueeze(-2)
         out.append((q[:, :, t].unsqueeze(-2) @ trace).squeeze(-2))
@@ -36,8 +36,8 @@ def test_chunks_are_the_recurrence(chunk: int) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 130, 4, generator=g, dtype=torch.float64) for _ in range(3))
     tau = 1.05 + 30 * torch.rand(3, 4, generator=g, dtype=torch.float64)
-    start = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
-    for ours, twin in zip(subject.recall(q, k, v, tau, start, chunk), slow_recall(q, k, v, tau), strict=True):
+    start = torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64)
+    for ours, twin in zip(subject.recall(q, k, v, tau, start, chunk), slow_recall(q, k, v, tau, start), strict=True):
         torch.testing.assert_close(ours, twin, atol=1e-9, rtol=1e-9)
 
 
@@ -144,3 +144,5 @@ def test_bad_inputs_are_refused() -> None:
         model().step(torch.tensor([1]), model(width=64).init_state())
     with pytest.raises(ConfigurationError, match="at least one token"):
         model().generate([], 3)
+    with pytest.raises(ConfigurationError, match="tokens from 0 to 300"):
+        model()(torch.tensor([[0, 300]]))

@@ -122,6 +122,8 @@ def test_bad_inputs_are_refused() -> None:
     broken.layers[-1].weight.data.fill_(float("nan"))
     with pytest.raises(ConfigurationError, match="timestep 1 is not a number"):
         run_until(broken, x, ConfidenceExit())
+    with pytest.raises(ConfigurationError, match="not a finite number"):
+        run_until(model, x * torch.nan, ConfidenceExit())
     with pytest.raises(ConfigurationError, match="one class"):
         ConfidenceExit().decide(Observation((1.0,), 1, 3))
     with pytest.raises(ConfigurationError, match="positive"):

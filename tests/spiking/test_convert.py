@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.errors import UnsupportedModelError
+from hasten.errors import ConfigurationError, UnsupportedModelError
 from hasten.spiking import LIF, QuantisedClip, quantised, to_spiking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,3 +105,10 @@ def test_what_cannot_spike_is_named(model: nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         to_spiking(model, torch.rand(4, 4))
     assert isinstance(caught.value, UnsupportedModelError)
+
+
+def test_thresholds_need_a_percentile_and_samples() -> None:
+    with pytest.raises(ConfigurationError, match="percentile 200"):
+        to_spiking(ann(), torch.rand(8, 1, 8, 8), 4, percentile=200.0)
+    with pytest.raises(ConfigurationError, match="no calibration samples"):
+        to_spiking(ann(), torch.rand(0, 1, 8, 8), 4)

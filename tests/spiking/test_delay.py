@@ -96,6 +96,46 @@ def test_a_sharp_gaussian_is_the_tap() -> None:
                        layer.slots - 1 - layer.delay.long())  # fmt: skip
 
 
+def test_whole_taps_are_those_of_inference_and_delays_learn_by_their_gaussian() -> None:
+    torch.manual_seed(0)
+    layer, x = DelayLinear(6, 5, 0.1, 0.01), spikes()
+    up = torch.randn(len(x), 3, 5)
+    layer.sigma = 1.5
+    (wide,) = torch.autograd.grad((layer(x) * up).sum(), layer.delay)
+    layer.whole = True
+    out = layer(x)
+    torch.testing.assert_close(out, layer.discretise()(x), atol=1e-5, rtol=1e-4)
+    (weight, delay) = torch.autograd.grad((out * up).sum(), (layer.weight, layer.delay))
+    torch.testing.assert_close(delay, wide)
+    tap = layer.discretise()
+    for i, j in [(0, 0), (3, 2), (4, 5)]:  # a weight's gradient is what arrives over its one tap
+        late = int(tap.delay[i, j])
+        arrived = torch.cat([torch.zeros(late, 3), x[: len(x) - late, :, j]])
+        assert weight[i, j].item() == pytest.approx(float((arrived * up[..., i]).sum()), abs=1e-4)
+
+
+def test_delays_that_do_not_learn_are_whole_from_the_start() -> None:
+    torch.manual_seed(0)
+    layer, x = DelayLinear(6, 5, 0.1, 0.01, learn_delay=False), spikes()
+    assert torch.equal(layer.delay, layer.delay.round())
+    torch.testing.assert_close(layer(x), layer.discretise()(x), atol=1e-5, rtol=1e-4)
+
+
+def test_few_synapses_per_neuron() -> None:
+    torch.manual_seed(0)
+    layer, x = DelayLinear(20, 7, 0.1, 0.01, fan_in=3), spikes(lines=20)
+    assert ((layer.weight != 0).sum(1) == 3).all()
+    assert layer.synapses == 21
+    up = torch.randn(len(x), 3, 7)
+    (layer(x) * up).sum().backward()
+    assert ((layer.weight.grad != 0) <= (layer.weight != 0)).all()
+    assert ((layer.delay.grad != 0) <= (layer.weight != 0)).all()
+    assert ((layer.discretise().weight != 0).sum(1) <= 3).all()
+    assert DelayLinear(3, 2, 0.1, 0.01, fan_in=8).synapses == 6
+    with pytest.raises(ConfigurationError, match="1 to 3"):
+        DelayLinear(3, 2, 0.1, 0.01, fan_in=0)
+
+
 def test_delays_that_are_no_whole_steps_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="whole steps"):
         DelayLine(torch.ones(1, 1), torch.ones(1, 1))

@@ -105,6 +105,25 @@ def test_training_learns_and_keeps_delays_inside() -> None:
     assert 0 <= result["accuracy"] <= 1
 
 
+def test_rounding_costs_nothing_after_training() -> None:
+    x, y = spikes(30, 60, 6), torch.arange(60) % 2
+    torch.manual_seed(0)
+    model = DelayNet(DelayConfig(inputs=6, hidden=(12,), classes=2, max_delay=0.08, dropout=0.0, fan_in=4))
+    assert model.parameters_by_kind()["delays"] == 4 * 12 + 12 * 2
+    model.fit((x, y), None, 8, batch=20)
+    torch.testing.assert_close(model(x), model.discretise()(x), atol=1e-3, rtol=1e-3)
+    assert not TapSchedule.whole(5, 8)
+    assert all(TapSchedule.whole(epoch, 8) for epoch in (6, 7, 8))
+
+
+def test_sparse_networks_save_and_load(tmp_path: Path) -> None:
+    model = net(fan_in=3)
+    model.save_pretrained(tmp_path)
+    again = DelayNet.from_pretrained(tmp_path)
+    assert torch.equal(again.synapses[0].connected, model.synapses[0].connected)
+    torch.testing.assert_close(again(spikes()), model(spikes()))
+
+
 def test_the_tap_narrows_and_stays() -> None:
     widths = [TapSchedule.sigma(e, 40, 25) for e in range(40)]
     assert widths[0] == 12
@@ -115,8 +134,14 @@ def test_the_tap_narrows_and_stays() -> None:
 def test_bad_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter than one step"):
         DelayConfig(max_delay=0.005)
+    with pytest.raises(ValueError, match="fan_in 0"):
+        DelayConfig(fan_in=0)
     with pytest.raises(ValueError, match="0 or 1"):
         net()(0.5 * torch.ones(5, 1, 6))
+    with pytest.raises(ConfigurationError, match="6 input lines"):
+        net()(torch.zeros(5, 1, 7))
+    with pytest.raises(ConfigurationError, match="6 input lines"):
+        net().discretise().stream().push(torch.zeros(5, 7))
     with pytest.raises(ConfigurationError, match="discretise"):
         net().stream()
     with pytest.raises(ConfigurationError, match="learned, fixed or none"):

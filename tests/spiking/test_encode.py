@@ -75,6 +75,14 @@ def test_values_out_of_range_are_refused() -> None:
         encode.latency(torch.tensor([0.5]), 0)
     with pytest.raises(ConfigurationError, match="positive threshold"):
         encode.delta(torch.zeros(2, 1), 0.0)
+    with pytest.raises(ConfigurationError, match="x = 40 lies outside a sensor of 34 × 34"):
+        encode.event_frames([0.1], [40], [3], [1], step=0.03, steps=10, shape=(34, 34))
+    with pytest.raises(ConfigurationError, match="y = -1 lies outside"):
+        encode.event_frames([0.1, 0.1], [4, 3], [3, -1], [1, 1], step=0.03, steps=10, shape=(34, 34))
+    with pytest.raises(ConfigurationError, match=r"lists of \[1, 2\]"):
+        encode.event_frames([0.1], [4, 5], [3, 3], [1, 1], step=0.03, steps=10, shape=(34, 34))
+    with pytest.raises(ConfigurationError, match="not one sound"):
+        cochleagram(torch.zeros(100, 2))
 
 
 def sound(seconds: float = 0.5, rate: int = 8000) -> torch.Tensor:
@@ -192,6 +200,14 @@ def test_wav_files_of_any_width(tmp_path: Path, width: int) -> None:
     rate, chunks = read_wav(tmp_path / "a.wav")
     assert rate == 8000
     np.testing.assert_allclose(torch.cat(list(chunks)).numpy(), wanted, atol=2 ** (1 - 8 * width))
+
+
+def test_chunks_have_a_length_and_empty_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="hold no sound"):
+        read_wav(tmp_path / "any.wav", 0.0)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    with pytest.raises(DataError, match="it is empty"):
+        read_wav(tmp_path / "empty.wav")
 
 
 def test_a_file_that_is_no_sound_is_named(tmp_path: Path) -> None:

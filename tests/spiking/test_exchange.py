@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.errors import UnsupportedModelError
-from hasten.spiking import IF, LIF, Leak, SpikingNetwork, Synaptic, from_nir, to_nir
+from hasten.errors import ConfigurationError, ModelLoadError, UnsupportedModelError
+from hasten.spiking import IF, LIF, PLIF, Leak, SpikingNetwork, Synaptic, from_nir, to_nir
 
 nir = pytest.importorskip("nir")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,13 +67,14 @@ def test_the_usual_reading_of_a_leaky_neuron() -> None:
     assert layer.reset == "zero"
 
 
-@pytest.mark.parametrize("kind", ["lif", "synaptic", "convolution"])
+@pytest.mark.parametrize("kind", ["lif", "parametric", "synaptic", "convolution"])
 def test_snntorch_reads_the_same_spikes(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Its own importer, where it is installed; it flattens without a batch, so samples go one by one."""
     importer = pytest.importorskip("snntorch.import_nir")
     torch.manual_seed(0)
     kinds = {
         "lif": [nn.Linear(20, 30), LIF(0.9, 0.3, "zero"), nn.Linear(30, 12, bias=False), LIF(0.8, 0.2, "zero")],
+        "parametric": [nn.Linear(20, 30), PLIF(3.0, 0.2, "zero"), nn.Linear(30, 8)],
         "synaptic": [nn.Linear(20, 30), Synaptic(0.7, 0.8, threshold=0.4, reset="zero"), nn.Linear(30, 8)],
         "convolution": [nn.Conv2d(1, 3, 3, padding=1, bias=False), LIF(0.9, 0.2, "zero"), nn.AvgPool2d(2),
                         nn.Flatten(), nn.Linear(27, 10), LIF(0.95, 0.3, "zero")],
@@ -90,6 +91,36 @@ def test_snntorch_reads_the_same_spikes(kind: str, tmp_path) -> None:  # type: i
         ours = net.outputs(x)
     torch.testing.assert_close(torch.stack(outs).reshape(ours.shape), ours, atol=1e-5, rtol=1e-5)
     assert ours.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
+def test_we_read_what_snntorch_writes(kind: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Its own network, its own exporter, a file, our reading: the numbers of its own run."""
+    snn = pytest.importorskip("snntorch")
+    exporter, utils = pytest.importorskip("snntorch.export_nir"), pytest.importorskip("snntorch.utils")
+    torch.manual_seed(0)
+    decays = {"Leaky": {"beta": 0.9}, "Synaptic": {"alpha": 0.7, "beta": 0.8}}[kind]
+    each = {name: torch.full((30,), value) for name, value in {**decays, "threshold": 0.3}.items()}
+    neurons = getattr(snn, kind)(**each, reset_mechanism="zero", reset_delay=False, init_hidden=True)
+    theirs = nn.Sequential(nn.Linear(20, 30), neurons, nn.Linear(30, 8))
+    nir.write(tmp_path / "net.nir", exporter.export_to_nir(theirs, torch.rand(20)))
+    x = (torch.rand(25, 4, 20) < 0.4).float()
+    utils.reset(theirs)
+    with torch.no_grad():
+        expected = torch.stack([theirs(now) for now in x])
+        ours = from_nir(tmp_path / "net.nir", 25).outputs(x)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert expected.abs().sum() > 0
+
+
+def test_shapes_and_files_that_do_not_fit_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    net = SpikingNetwork([nn.Linear(5, 2), LIF(0.9, reset="zero")], 3, direct=False)
+    with pytest.raises(ConfigurationError, match=r"input_shape \(7,\) does not fit layer '0'"):
+        to_nir(net, (7,))
+    with pytest.raises(ModelLoadError, match="no NIR graph"):
+        from_nir(tmp_path / "absent.nir", 3)
+    with pytest.raises(ModelLoadError, match="Linear is no NIR graph"):
+        from_nir(nn.Linear(2, 2), 3)
 
 
 def test_what_has_no_form_is_named() -> None:

@@ -49,11 +49,19 @@ def test_exported_neurons_take_the_plain_steps() -> None:
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def test_beta_is_another_name_of_the_decay() -> None:
+    layers = [LIF(beta=0.75), Synaptic(0.5, beta=0.75), Alpha(0.5, beta=0.75), Adaptive(beta=0.75), Leak(beta=0.75)]
+    for layer in layers:
+        assert layer.decay.item() == 0.75
+
+
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="seconds"):
         LIF()
     with pytest.raises(ConfigurationError, match="seconds"):
         LIF(0.9, tau=0.02, dt=0.001)
+    with pytest.raises(ConfigurationError, match="two names of one number"):
+        LIF(0.9, beta=0.8)
     with pytest.raises(ConfigurationError, match="between 0 and 1"):
         LIF(1.2)
     with pytest.raises(ConfigurationError, match="more than 1"):

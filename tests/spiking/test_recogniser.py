@@ -116,6 +116,22 @@ def test_training_once(tmp_path: Path) -> None:
     assert [w.digit for w in again.push(sound())] == [w.digit for w in subject.push(sound())]
 
 
+def test_the_last_takes_can_be_kept_out_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings(tmp_path / "words.npz")
+    seen: list[torch.Tensor] = []
+
+    def stop(name: str, script: object, settings: object, tensors: dict[str, torch.Tensor], **others: object) -> None:
+        seen.append(tensors["take"])
+        raise InterruptedError
+
+    monkeypatch.setattr("hasten.spiking.recogniser.trained", stop)
+    for last in (False, True):
+        with pytest.raises(InterruptedError):
+            load_recogniser(tmp_path / "words.npz", last=last)
+    assert torch.equal(seen[0] < 5, seen[1] > 5)  # eleven takes: 0 … 4 and 6 … 10 change places
+    assert torch.equal(seen[1], 10 - seen[0])
+
+
 def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fsdd_8k"):
         load_recogniser(tmp_path / "nothing.npz")

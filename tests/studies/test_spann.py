@@ -1,8 +1,8 @@
 import pytest
 
 from hasten.studies import spann as subject
-from hasten.studies._spann_ablations import text_vectors
 from hasten.studies._spann_bench import recall_at
+from hasten.studies._spann_text import text_vectors
 from hasten.studies.study import Scale
 from hasten.testing import StudyKit
 

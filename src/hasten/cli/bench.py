@@ -281,7 +281,7 @@ def _save(
 ) -> None:
     import json
 
-    from hasten.measure.files import write_text
+    from hasten.files import write_text
 
     label = "trace" if rate is None else f"{rate:g}qps"
     path = folder / (name or f"{backend}-{label}-{(model or 'model').split('/')[-1]}.json")

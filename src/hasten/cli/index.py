@@ -32,7 +32,6 @@ def build(
     json: Json = False,
 ) -> None:
     """Build an index from a file of vectors."""
-    import numpy as np
     from rich.console import Console
 
     from hasten.budget import format_quantity
@@ -50,7 +49,7 @@ def build(
         seed=seed,
     )
     console = Console(stderr=True)
-    names = None if ids is None else np.load(ids)
+    names = None if ids is None else _array_in(ids, "--ids")
     with stages(console) as told:
         built = run(vectors, path, options, ids=names, column=column, progress=told)
     _print(
@@ -80,8 +79,6 @@ def search(
     """Search an index."""
     import json as encoder
 
-    import numpy as np
-
     from hasten.errors import InvalidRequestError
     from hasten.retrieve.index.sources import read_vectors
     from hasten.retrieve.index.spann import Spann
@@ -96,7 +93,7 @@ def search(
             read_vectors(queries, column), k, lists=chosen, epsilon=epsilon, where=condition, deadline=deadline
         )
     if output is not None:
-        np.savez(output, ids=hit.ids, distances=hit.distances)
+        _write_npz(output, ids=hit.ids, distances=hit.distances)
     value = {"ids": hit.ids.tolist(), "distances": hit.distances.tolist(), "stats": hit.stats.mean()}
     lines = "\n".join(" ".join(str(i) for i in row) for row in hit.ids.tolist())
     _print(_finite(value), json, lines)
@@ -119,7 +116,7 @@ def add(
     rows = read_vectors(vectors, column)
     with Spann.open(path) as index:
         if ids is not None:
-            names = np.load(ids)
+            names = _array_in(ids, "--ids")
         else:
             known = index._generation.ids
             first = max(
@@ -198,7 +195,9 @@ def snapshot(
 def bench(
     path: IndexPath,
     queries: Annotated[Path, typer.Argument(help="File of query vectors.")],
-    truth: Annotated[Path | None, typer.Option("--truth", help="True ids (.ivecs or .npy); else computed.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option("--truth", help="True ids (.ivecs, .npy, .hdf5); else computed.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Neighbours of each query.")] = 10,
     lists: Annotated[str, typer.Option("--lists", help="Points of the curve.")] = "1,2,4,8,16,32,64",
     io: Annotated[str, typer.Option("--io", help="mmap, pread or direct.")] = "mmap",
@@ -224,7 +223,7 @@ def bench(
         raise ConfigurationError(f"--lists is {lists!r}; give numbers with commas, such as 4,8,16") from error
     rows = read_vectors(queries, column)
     with Spann.open(path, io=io, memory=memory, read_only=True) as index:
-        known = read_vectors(truth)[:, :k] if truth is not None else index.exact(rows, k).ids
+        known = _truth_in(truth)[:, :k] if truth is not None else index.exact(rows, k).ids
         points = [measure_point(index, rows, known, k, SearchOptions(lists=m, epsilon=1e15)) for m in ladder]
         held = index.memory()
     value = {"machine": Machine.detect().to_json(), "memory": held, "io": io, "points": [p.to_json() for p in points]}
@@ -253,7 +252,9 @@ def tune(
         float | None, typer.Option("--recall", help="Such as 0.95: the cheapest knobs that reach it.")
     ] = None,
     p99: Annotated[str | None, typer.Option("--p99", help="Such as 5ms: the best recall within it.")] = None,
-    truth: Annotated[Path | None, typer.Option("--truth", help="True ids; else computed.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option("--truth", help="True ids (.ivecs, .npy, .hdf5); else computed.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Neighbours of each query.")] = 10,
     save: Annotated[bool, typer.Option("--save", help="Make the result the index's default.")] = False,
     column: Column = None,
@@ -263,7 +264,7 @@ def tune(
     from hasten.retrieve.index.sources import read_vectors
     from hasten.retrieve.index.spann import Spann
 
-    known = read_vectors(truth) if truth is not None else None
+    known = _truth_in(truth) if truth is not None else None
     with Spann.open(path, read_only=not save) as index:
         tuned = index.tune(read_vectors(queries, column), known, recall=recall, p99=p99, k=k)
         if save:
@@ -315,6 +316,46 @@ def serve(
     index = Spann.open(path, io=io, memory=memory, read_only=read_only, auto_compact=auto_compact)
     Console(stderr=True).print(f"{len(index)} rows of {index.width} ({index.metric}) on http://{host}:{port}")
     run(index, host, port, threads=threads, max_batch=max_batch)
+
+
+def _array_in(path: Path, name: str) -> Any:
+    """The array of a .npy file that an option names; raises DataError with one line."""
+    import numpy as np
+
+    from hasten.errors import DataError
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{name} is {str(path)!r}, which is no .npy file ({error}); numpy.save writes one") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{name} is {str(path)!r}, which holds several arrays; give a .npy file with one")
+    return array
+
+
+def _truth_in(path: Path) -> Any:
+    """True ids (queries, k) of a file; an HDF5 file of ann-benchmarks has them under ``neighbors``."""
+    from hasten.retrieve.index.sources import read_vectors
+
+    return read_vectors(path, "neighbors" if path.suffix.lower() in (".hdf5", ".h5") else None)
+
+
+def _write_npz(path: Path, **arrays: Any) -> None:
+    """Arrays as one .npz file, written beside its place and moved there."""
+    import io
+
+    import numpy as np
+
+    from hasten.retrieve.index.io import DiskFolder
+
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    folder = DiskFolder(path.parent, make=True)
+    writer = folder.create(f".{path.name}.part")
+    writer.write(data.getbuffer())
+    writer.sync()
+    writer.close()
+    folder.rename(f".{path.name}.part", path.name)
 
 
 def _print(value: Any, as_json: bool, text: str) -> None:

@@ -55,7 +55,7 @@ def _run(name: str, quick: bool, as_json: bool, data: Path | None, seed: int, ou
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hasten import studies
-    from hasten.measure.files import write_text
+    from hasten.files import write_text
 
     study = studies.load(name)
     folder = studies.find_data(data)

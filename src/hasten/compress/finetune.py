@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import run_example
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import call
 
@@ -29,7 +30,7 @@ def match_outputs(model: nn.Module) -> Loss:
 
     def loss(student: nn.Module, batch: Any) -> Tensor:
         with torch.no_grad():
-            wanted = _first(call(teacher, batch))
+            wanted = _first(run_example(teacher, batch))
         distance = (_first(call(student, batch)) - wanted).square().mean()
         return distance / wanted.square().mean().clamp(min=1e-12)
 

@@ -25,7 +25,8 @@ from hasten.clock import Clock, MonotonicClock
 from hasten.compress.packed import LinearKernel, Packed
 from hasten.compress.panels import panel_kernels, panel_product, takes
 from hasten.errors import ConfigurationError, DataError
-from hasten.measure.files import cache_folder, write_text
+from hasten.files import write_text
+from hasten.measure.cache import cache_folder
 from hasten.measure.latency import Protocol, compare
 from hasten.measure.machine import Machine, busy
 
@@ -238,20 +239,22 @@ def measure_kernels(
     refresh: bool = False,
     copies_bytes: int = 64 * 2**20,
     protocol: Protocol | None = None,
+    inputs: torch.dtype = torch.bfloat16,
 ) -> dict[str, float]:
     """Seconds per call (the best of several) of each kernel in ``names`` for weights (out, in) and ``tokens`` rows;
     cached.
 
-    On a busy machine the figures are used by this process but not kept. Kernels run interleaved, each over enough
-    copies of the weight (``copies_bytes`` in all) that it comes from memory as it does in a model, and not from a
-    cache.
+    ``inputs`` is what the rows of the model are: those of a float32 model are converted for a kernel that reads
+    bfloat16 and its results are converted back, which counts. On a busy machine the figures are used by this process
+    but not kept. Kernels run interleaved, each over enough copies of the weight (``copies_bytes`` in all) that it comes
+    from memory as it does in a model, and not from a cache.
     """
     path = _load_table()
-    key = f"{shape[0]}x{shape[1]}x{tokens}"
+    key = f"{shape[0]}x{shape[1]}x{tokens}{'xfloat32' if inputs == torch.float32 else ''}"
     row = _TABLE.setdefault(key, {})
     wanted = [n for n in names if kernel(n).supports(*shape)]
     if refresh or any(n not in row for n in wanted):
-        row.update(_measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol))
+        row.update(_measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol, inputs))
         if not busy():
             with contextlib.suppress(DataError):
                 write_text(path, json.dumps(_TABLE) + "\n")
@@ -259,8 +262,9 @@ def measure_kernels(
 
 
 def _measure_row(
-    shape: tuple[int, int], tokens: int, names: Sequence[str], clock: Clock, size: int, protocol: Protocol | None
-) -> dict[str, float]:
+    shape: tuple[int, int], tokens: int, names: Sequence[str], clock: Clock, size: int, protocol: Protocol | None,
+    inputs: torch.dtype,
+) -> dict[str, float]:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(*shape, generator=generator) * shape[1] ** -0.5
     x = torch.randn(tokens, shape[1], generator=generator).to(torch.bfloat16)
@@ -271,7 +275,7 @@ def _measure_row(
         first = candidate.pack(weight)
         counts[name] = max(1, min(32, size // max(first.bytes, 1)))
         packs = [first, *(candidate.pack(weight) for _ in range(counts[name] - 1))]
-        given = x.float() if candidate.precision == "fp32" else x
+        given = x.float() if candidate.precision == "fp32" or inputs == torch.float32 else x
         calls[name] = _sweep(candidate, given, packs)
     rules = protocol or Protocol(warmup=1, warmup_time=0.0, min_samples=7, min_time=0.03, max_time=4.0)
     with torch.inference_mode():

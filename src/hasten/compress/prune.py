@@ -166,6 +166,7 @@ class MagnitudePruning:
         modes = [(m, m.training) for m in clone.modules()]
         weights = weights_of(clone, self.layers, self.skip)
         before = {p: sparsity_of(w) for p, w in weights.items()}
+        equal = {p for p, w in weights.items() if w.numel() > 1 and bool((w.abs() == w.abs().flatten()[0]).all())}
         prune_in_place(
             clone, list(weights), self.sparsity, given=calibration, loss=loss or match_outputs(model),
             epochs=self.epochs, rate=self.rate, every=self.every, phase=self.phase, seed=self.seed, progress=progress,
@@ -178,7 +179,9 @@ class MagnitudePruning:
             kept = int((weight != 0).sum())
             small = kept * (weight.element_size() + 1)  # each value with one byte of distance
             action = f"{sparsity_of(weight):.0%} zeros"
-            reports.append(LayerReport(path, action, f"{before[path]:.0%} before", size, min(small, size)))
+            chance = "; all its weights are equal: which are zero is chance" if path in equal else ""
+            reason = f"{before[path]:.0%} before{chance}"
+            reports.append(LayerReport(path, action, reason, size, min(small, size)))
         notes = [f"{len(reports)} weights pruned to {self.sparsity:.0%} zeros; they save bytes in a packed file only"]
         clone.report = TechniqueReport(self.name, tuple(reports), tuple(notes))  # type: ignore[assignment]
         return clone

@@ -17,7 +17,7 @@ from torch import nn
 
 from hasten.compress.technique import Technique, TechniqueReport, from_dict, to_dict
 from hasten.errors import ConfigurationError
-from hasten.measure.files import write_text
+from hasten.files import write_text
 
 __all__ = ["Plan", "Recipe"]
 

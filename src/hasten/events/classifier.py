@@ -99,7 +99,7 @@ def make_classifier(
 
 def cached_classifier(bands: tuple[str, ...], progress: Progress | None = None) -> Path:
     """The folder of the default classifier for these bands in the user's cache, made where it is not there."""
-    from hasten.measure.files import cache_folder
+    from hasten.measure.cache import cache_folder
 
     folder = cache_folder() / "alerts" / f"t2-{''.join(bands)}-4"
     if not (folder / "model.hasten").exists():

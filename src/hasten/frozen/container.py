@@ -9,12 +9,10 @@ A file is written whole or not at all, and a broken one is refused with its name
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.errors import ConfigurationError, DataError, ModelLoadError
+from hasten.errors import ConfigurationError, ModelLoadError
+from hasten.files import write_bytes
 
 __all__ = ["Container", "Encoding", "Stored", "pack_bits", "unpack_bits", "write_container"]
 
@@ -262,29 +261,7 @@ def write_container(
     head = _MAGIC + struct.pack("<QI", len(directory), zlib.crc32(directory)) + directory
     if encoding == "none":
         head += b"\0" * (-len(head) % _ALIGN)
-    return _write_whole(Path(path), [head, *blobs])
-
-
-def _write_whole(target: Path, pieces: list[bytes]) -> int:
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise DataError(
-            f"{str(target)!r} was not written ({error.strerror or error}); the old file, if any, is unchanged: free "
-            "some space or name another place"
-        ) from error
-    return sum(map(len, pieces))
+    return write_bytes(path, head, *blobs)
 
 
 class Container:

@@ -274,7 +274,7 @@ class KVCodec:
 
     def save(self, path: str | Path) -> None:
         """Write the tables; the file appears whole or not at all."""
-        from hasten.language.kvfiles import write_bytes
+        from hasten.files import write_bytes
 
         buffer = io.BytesIO()
         levels: dict[str, Any] = {f"level{n}": t for n, t in self.tables.items()}

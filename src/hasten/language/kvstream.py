@@ -22,8 +22,8 @@ import numpy as np
 
 from hasten.clock import Clock
 from hasten.errors import ConfigurationError, DataError
+from hasten.files import write_bytes
 from hasten.language.kvcodec import KVCodec
-from hasten.language.kvfiles import write_bytes
 from hasten.language.kvvalues import KeysValues, write_cache
 from hasten.network import Trace
 

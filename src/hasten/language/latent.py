@@ -196,7 +196,7 @@ def save(decoder: Any, folder: str | Path, source: str | Path | None = None) -> 
 
     ``source``: the folder that it came from, for tokeniser and chat template.
     """
-    from hasten.measure.files import write_text
+    from hasten.files import write_text
 
     folder = Path(folder)
     config = write_weights(decoder, folder, None if source is None else Path(source))

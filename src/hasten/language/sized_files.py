@@ -62,7 +62,7 @@ def save(decoder: Any, folder: str | Path, source: str | Path | None = None) -> 
 
     ``source``: the folder that it came from, for tokeniser, chat template and the fields of its ``config.json``.
     """
-    from hasten.measure.files import write_text
+    from hasten.files import write_text
 
     folder, plain = Path(folder), plain_config(decoder)
     config = write_weights(decoder, folder, None if source is None else Path(source))

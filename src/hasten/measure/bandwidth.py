@@ -15,7 +15,8 @@ from typing import Any
 
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import DataError
-from hasten.measure.files import cache_folder, write_text
+from hasten.files import write_text
+from hasten.measure.cache import cache_folder
 from hasten.measure.machine import Machine, busy
 
 __all__ = ["Ceilings", "measure_ceilings"]

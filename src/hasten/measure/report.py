@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hasten.budget import format_quantity
-from hasten.measure.files import write_text
+from hasten.files import write_text
 
 if TYPE_CHECKING:
     from hasten.measure.machine import Machine

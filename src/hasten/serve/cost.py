@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from hasten.budget import SLO, format_quantity
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, DataError
+from hasten.files import write_text
 
 __all__ = ["BudgetChoice", "FitReport", "IterationCost", "Sample"]
 
@@ -364,14 +365,7 @@ class IterationCost:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> IterationCost:

@@ -1,4 +1,4 @@
-"""What an engine learns about guesses as it runs: how often they stand, what they cost, what a step of n rows takes.
+"""What an engine learns about guesses as it runs: what they cost, and what a step of n rows takes.
 
 Each is a decaying average that starts from a prior, quick to believe what is cheaper and slow to believe what is
 dearer: one slow step says little. :class:`~hasten.serve.speculation.Speculator` decides by them.
@@ -15,55 +15,17 @@ from numpy.typing import NDArray
 
 from hasten.clock import Clock
 from hasten.language.speculate.proposal import Proposer
+from hasten.serve.acceptance import Acceptance
 from hasten.serve.batch import blocks_for
 
-__all__ = ["FIRST", "Acceptance", "SpeculationStats", "Stage", "StepTimes", "towards"]
+__all__ = ["FIRST", "SpeculationStats", "Stage", "StepTimes", "towards"]
 
-_PRIOR = (7.0, 3.0)
-_SHRINK = 20.0
 _ROWS = 4
 """rows of one sequence in the steps that are measured"""
 _BESIDE = (6e-5, 4e-6)
 """seconds per step and per row that an engine takes beside its model, until steps have been seen"""
 FIRST = 2
 """calls of a proposer that load code and make ready, and say nothing about what it costs"""
-
-
-class Acceptance:
-    """Chance that a tested guess stands, over all sequences and for each.
-
-    A decaying average over about ``window`` steps from a prior of Beta(7, 3); a sequence's own estimate is drawn
-    towards the common one by twenty guesses' weight. A guess behind a rejected one was not tested and does not count.
-
-    >>> acceptance = Acceptance()
-    >>> acceptance.learn(0, accepted=3, proposed=3); acceptance.alpha(0) > acceptance.alpha(1) > 0.7
-    True
-    """
-
-    def __init__(self, window: int = 100) -> None:
-        self._keep = 1.0 - 1.0 / window
-        self._hits, self._tries = _PRIOR[0], sum(_PRIOR)
-        self._own: dict[int, tuple[float, float]] = {}
-
-    def alpha(self, seq: int) -> float:
-        """Estimate for one sequence; for an unknown one that of all."""
-        common = self._hits / self._tries
-        hits, tries = self._own.get(seq, (0.0, 0.0))
-        return (hits + _SHRINK * common) / (tries + _SHRINK)
-
-    def learn(self, seq: int, accepted: int, proposed: int) -> None:
-        """What became of one sequence's guesses."""
-        tested = min(accepted + 1, proposed)
-        if tested == 0:
-            return
-        self._hits = self._hits * self._keep + accepted
-        self._tries = self._tries * self._keep + tested
-        hits, tries = self._own.get(seq, (0.0, 0.0))
-        self._own[seq] = (hits * self._keep + accepted, tries * self._keep + tested)
-
-    def forget(self, seq: int) -> None:
-        """The sequence has ended."""
-        self._own.pop(seq, None)
 
 
 class StepTimes:

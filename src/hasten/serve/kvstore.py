@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import ConfigurationError, DataError
+from hasten.files import write_bytes
 from hasten.language.kvcodec import KVCodec
-from hasten.language.kvfiles import write_bytes
 from hasten.language.kvfit import fit
 from hasten.language.kvvalues import KeysValues, fingerprint, read_cache, write_cache
 

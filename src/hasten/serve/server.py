@@ -25,6 +25,7 @@ from typing import Any
 from hasten.budget import SLO
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, EngineDeadError, HastenError
+from hasten.files import write_text
 from hasten.serve.balance import make_balancer
 from hasten.serve.resident import drop_library_pages
 from hasten.serve.worker import WorkerConfig
@@ -194,7 +195,9 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
         logger.info("ready on %s after %.2f s", url, clock.now() - begin)
         if config.ready_file:
             phases = [{"phase": n, "seconds": t, "detail": d} for n, t, d in engine.phases]
-            _write(Path(config.ready_file), {"url": url, "pid": os.getpid(), "engine": data["pid"], "phases": phases})
+            write_text(
+                config.ready_file, json.dumps({"url": url, "pid": os.getpid(), "engine": data["pid"], "phases": phases})
+            )
         await serving
         if ending is not None:
             await ending
@@ -204,12 +207,6 @@ async def _serve(config: ServerConfig, clock: Clock) -> None:
     finally:
         await engine.stop()
         listener.close()
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data))
-    os.replace(temporary, path)
 
 
 class ServerHandle:

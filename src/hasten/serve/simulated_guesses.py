@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hasten.serve.acceptance import Acceptance
 from hasten.serve.cost import IterationCost
-from hasten.serve.guess_costs import Acceptance
 from hasten.serve.policy.speculation import DraftCost, SpeculationObservation, SpeculationPolicy
 
 __all__ = ["Guesser", "SimulatedSpeculation"]

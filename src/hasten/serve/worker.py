@@ -270,7 +270,7 @@ def _calibration_path(model: Any) -> Any:
     """Where the calibration of this machine, model, precision and number of threads is kept."""
     import torch
 
-    from hasten.measure.files import cache_folder
+    from hasten.measure.cache import cache_folder
     from hasten.measure.machine import Machine
 
     executor = model.executor

@@ -20,18 +20,33 @@ from hasten.spiking.exits import Confident, DynamicConfidence, synaptic_energy
 from hasten.spiking.fit import Fitting, accuracy, fit
 from hasten.spiking.layers import IF, LIF, PLIF, Adaptive, Alpha, Leak, Neuron, Synaptic, constrain
 from hasten.spiking.network import OneStep, SpikingNetwork
-from hasten.spiking.neuron import LIFParameters, decay_of, if_step, lif_step
+from hasten.spiking.neuron import (
+    AdaptiveParameters,
+    AlphaParameters,
+    LIFParameters,
+    SynapticParameters,
+    adaptive_step,
+    alpha_step,
+    decay_of,
+    if_step,
+    leak_step,
+    lif_step,
+    plif_step,
+    synaptic_step,
+)
 from hasten.spiking.recogniser import Heard, Recogniser, load_recogniser
-from hasten.spiking.scan import lif_scan
+from hasten.spiking.scan import adaptive_scan, alpha_scan, leak_scan, lif_scan, synaptic_scan
 from hasten.spiking.surrogate import SURROGATES, Surrogate, spike
 from hasten.spiking.timesteps import SpikeVanishing, Stage, TimestepReduction, Timesteps
 
 __all__ = [
-    "IF", "LIF", "PLIF", "SURROGATES", "Adaptive", "Alpha", "AstroConfig", "AstroLM", "AstroStream", "Cochlea",
-    "CochleaStream", "ConfidenceExit", "Confident", "Decision", "DelayConfig", "DelayLine", "DelayLinear", "DelayNet",
-    "DelayStream", "DiscreteDelayLinear", "DynamicConfidence", "Exit", "Fitting", "Heard", "LIFParameters", "Leak",
-    "Neuron", "Observation", "OneStep", "QuantisedClip", "Recogniser", "Run", "SpikeLinear", "SpikeVanishing",
-    "SpikingNetwork", "Stage", "Surrogate", "Synaptic", "TimestepReduction", "Timesteps", "accuracy", "cochleagram",
-    "constrain", "decay_of", "fit", "from_nir", "if_step", "lif_scan", "lif_step", "load_recogniser", "quantised",
-    "run_until", "spike", "spiking_cost", "synaptic_energy", "to_nir", "to_spiking",
+    "IF", "LIF", "PLIF", "SURROGATES", "Adaptive", "AdaptiveParameters", "Alpha", "AlphaParameters", "AstroConfig",
+    "AstroLM", "AstroStream", "Cochlea", "CochleaStream", "ConfidenceExit", "Confident", "Decision", "DelayConfig",
+    "DelayLine", "DelayLinear", "DelayNet", "DelayStream", "DiscreteDelayLinear", "DynamicConfidence", "Exit",
+    "Fitting", "Heard", "LIFParameters", "Leak", "Neuron", "Observation", "OneStep", "QuantisedClip", "Recogniser",
+    "Run", "SpikeLinear", "SpikeVanishing", "SpikingNetwork", "Stage", "Surrogate", "Synaptic", "SynapticParameters",
+    "TimestepReduction", "Timesteps", "accuracy", "adaptive_scan", "adaptive_step", "alpha_scan", "alpha_step",
+    "cochleagram", "constrain", "decay_of", "fit", "from_nir", "if_step", "leak_scan", "leak_step", "lif_scan",
+    "lif_step", "load_recogniser", "plif_step", "quantised", "run_until", "spike", "spiking_cost", "synaptic_energy",
+    "synaptic_scan", "synaptic_step", "to_nir", "to_spiking",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hasten.errors import ConfigurationError, ModelLoadError
-from hasten.measure.files import write_text
+from hasten.files import write_text
 from hasten.nn.norm import RMSNorm
 from hasten.spiking.scan import gate, leak_scan
 from hasten.spiking.surrogate import Surrogate
@@ -34,6 +34,7 @@ from hasten.spiking.surrogate import Surrogate
 __all__ = ["AstroConfig", "AstroLM", "AstroState", "AstroStream"]
 
 _CHUNK = 64
+_TOGETHER = 32  # chunks that run at once; bounds the square of shares between them
 _EPSILON = 1e-3  # of a mean square: below it nothing was said
 
 
@@ -163,23 +164,44 @@ class Mixer(nn.Module):
 
 
 def recall(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, trace: Tensor, chunk: int = _CHUNK) -> tuple[Tensor, Tensor]:
-    """``A_t = exp(-1/tau) A_{t-1} + k_t v_tᵀ``, ``r_t = q_tᵀ A_t`` for all t, chunk by chunk.
+    """``A_t = exp(-1/tau) A_{t-1} + k_t v_tᵀ``, ``r_t = q_tᵀ A_t`` for all t, many chunks at once.
 
     q, k, v (batch, heads, time, m), tau (heads, m) per row of A, trace (batch, heads, m, m) -> r like q, the last
     trace. Within a chunk the decays of rows split into ``exp(-i/tau) exp(j/tau)``, so the sums are matrix products;
     tau above 1 and chunks of at most 64 keep them inside float32.
     """
     rate = (1.0 / tau).unsqueeze(1)  # (heads, 1, m)
-    results = []
-    for qc, kc, vc in zip(q.split(chunk, 2), k.split(chunk, 2), v.split(chunk, 2), strict=True):
-        size = qc.shape[2]
-        at = torch.arange(1, size + 1, dtype=q.dtype, device=q.device).unsqueeze(-1)
-        faded = qc * torch.exp(-at * rate)
-        weights = (faded @ (kc * torch.exp(at * rate)).transpose(-1, -2)).tril()
-        results.append(weights @ vc + faded @ trace)
-        kept = torch.exp(-size * rate).transpose(-1, -2)  # (heads, m, 1)
-        trace = kept * trace + (kc * torch.exp((at - size) * rate)).transpose(-1, -2) @ vc
-    return torch.cat(results, 2), trace
+    time, results, begin = q.shape[2], [], 0
+    while begin < time:
+        count = max(1, min(_TOGETHER, (time - begin) // chunk))
+        size = min(chunk, time - begin)
+        part = slice(begin, begin + count * size)
+        r, trace = _chunks(q[:, :, part], k[:, :, part], v[:, :, part], rate, trace, count)
+        results.append(r)
+        begin = part.stop
+    return (results[0] if len(results) == 1 else torch.cat(results, 2)), trace
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, trace: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """:func:`recall` over ``count`` chunks of equal size; rate (heads, 1, m) is that of the decay."""
+    q, k, v = (x.unflatten(2, (count, -1)) for x in (q, k, v))  # (batch, heads, chunks, size, m)
+    size = q.shape[3]
+    at = torch.arange(1, size + 1, dtype=q.dtype, device=q.device).unsqueeze(-1) * rate  # (heads, size, m)
+    faded, grown = q * torch.exp(-at).unsqueeze(1), k * torch.exp(at).unsqueeze(1)
+    weights = (faded @ grown.transpose(-1, -2)).tril()
+    kept = torch.exp(-size * rate).transpose(-1, -2)  # (heads, m, 1)
+    added = kept.unsqueeze(1) * (grown.transpose(-1, -2) @ v)  # what each chunk leaves behind
+    if count == 1:
+        before, last = trace.unsqueeze(2), kept * trace + added[:, :, 0]
+    else:  # the trace before chunk c: its decay over c chunks, and what those before it left, decayed since
+        c = torch.arange(count + 1, dtype=q.dtype, device=q.device)
+        since = c.unsqueeze(1) - 1 - c[:-1]  # (chunks + 1, chunks)
+        share = torch.exp(-size * since.clamp_min(0) * rate.transpose(-1, -2).unsqueeze(-1)) * (since >= 0)
+        with torch.autocast(q.device.type, enabled=False):
+            traces = torch.einsum("hmcd,bhdmn->bhcmn", share, added.to(share.dtype))
+        traces = traces + torch.exp(-size * c.reshape(-1, 1) * rate).unsqueeze(-1) * trace.unsqueeze(2)
+        before, last = traces[:, :, :-1], traces[:, :, -1]
+    return (weights @ v + faded @ before).flatten(2, 3), last
 
 
 class FeedForward(nn.Module):
@@ -242,6 +264,11 @@ class AstroLM(nn.Module):
             state = self.init_state(len(tokens))
         else:
             self._checked(state, len(tokens))
+        plain = torch.compiler.is_compiling() or torch.compiler.is_exporting() or not tokens.numel()
+        if not plain and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab:
+            raise ConfigurationError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} are not all in 0 … {self.config.vocab - 1}"
+            )
         x = self.embedding(tokens)
         after = []
         for index, held in enumerate(state):

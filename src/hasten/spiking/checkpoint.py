@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import DataError
-from hasten.measure.files import cache_folder
+from hasten.measure.cache import cache_folder
 
 __all__ = ["fingerprint", "trained"]
 

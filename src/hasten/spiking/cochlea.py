@@ -155,6 +155,8 @@ class CochleaStream:
     def steps(self, samples: Tensor) -> Tensor:
         """Spikes (steps, lines) of the steps that end within these samples (n,), float in [-1, 1]."""
         ear = self.ear
+        if samples.dim() != 1:
+            raise ConfigurationError(f"samples of shape {tuple(samples.shape)} are not one sound; give (n,), mono")
         held = torch.cat([self._held, samples.double()])
         count = (len(held) - (ear.width - ear.hop)) // ear.hop
         if count <= 0:

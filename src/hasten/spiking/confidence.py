@@ -71,6 +71,12 @@ class Exit(ABC):
         return Decision.STOP if sure else Decision.GO_ON
 
 
+def _given(inputs: Tensor) -> None:
+    """A potential that is not a number never fires, so an input that is none would go unnoticed."""
+    if not (bool(inputs.sum().isfinite()) or bool(torch.isfinite(inputs).all())):  # the sum is the quick look
+        raise ConfigurationError("an input is not a finite number; clean the samples before they are run")
+
+
 def _numbers(logits: Tensor, timestep: int) -> None:
     if torch.isnan(logits).any():
         raise ConfigurationError(f"a logit at timestep {timestep} is not a number; look at the weights or the input")
@@ -230,6 +236,7 @@ def record(network: SpikingNetwork, inputs: Tensor, timesteps: int, *, batch: in
     """Run to the end: accumulated logits (timesteps, samples, classes) and hidden spikes so far (timesteps,
     samples)."""
     network.eval()
+    _given(inputs)
     logits, spikes = [], []
     counted: list[Tensor] = []
     hooks = []
@@ -279,14 +286,15 @@ def run_until(
     """Run a batch a few steps at a time; samples that stopped leave it, and the state of the others moves together.
 
     inputs (batch, …) where the network codes directly, else (time, batch, …). ``stride`` steps run together before
-    samples may leave (0: a quarter of all steps); what a sample answers, and when it stopped, is that of its own step.
-    A policy that never stops gives the logits of the whole run. Raises ``ValueError`` for logits that are not numbers
-    and for a network in training mode.
+    samples may leave (0: a quarter of all, then as many as have run: :func:`pieces`); what a sample answers, and when
+    it stopped, is that of its own step.
+    A policy that never stops gives the logits of the whole run. Raises ``ValueError`` for inputs or logits that are
+    not numbers and for a network in training mode.
     """
     if network.training:
         raise ConfigurationError("samples that leave a batch would change its batch norm; call network.eval() first")
+    _given(inputs)
     steps = max_timesteps or network.timesteps
-    stride = stride or max(1, steps // 4)
     size = inputs.shape[0 if network.direct else 1]
     prefix = network.constant_prefix() if network.direct else 0
     shown = inputs
@@ -297,15 +305,14 @@ def run_until(
     total: Tensor | None = None
     result: Tensor | None = None
     stopped, spikes = torch.zeros(size, dtype=torch.int64), torch.zeros(size)
-    for begin in range(0, steps, stride):
-        count = min(stride, steps - begin)
+    for begin, count in pieces(steps, stride):
         x = shown.unsqueeze(0) if network.direct else inputs[begin : begin + count, alive]
         out, state, sent = network.steps_from(prefix, x, state, count)
         totals = [out[0] if total is None else total + out[0]]
         for now in out[1:]:
             totals.append(totals[-1] + now)
         reached = torch.stack(totals)
-        if begin == 0 or bool(reached.isnan().any()):
+        if bool(reached.isnan().any()) or reached.shape[-1] < 2:
             for t, o in enumerate(totals):
                 _numbers(o, begin + t + 1)
         done = policy.scores(reached, begin + 1) > policy.theta
@@ -329,6 +336,25 @@ def run_until(
             break
     assert result is not None
     return Run(result, stopped, spikes)
+
+
+def pieces(steps: int, stride: int = 0) -> list[tuple[int, int]]:
+    """Begin and length of what runs together, ``stride`` steps each.
+
+    With 0 a piece takes a quarter of all steps or as many as have run, whichever is more, and the last one what would
+    be a short rest: a piece costs something however few samples are left in it, and fewer are with time.
+
+    >>> pieces(16), pieces(5), pieces(6, 4)
+    ([(0, 4), (4, 4), (8, 8)], [(0, 2), (2, 3)], [(0, 4), (4, 2)])
+    """
+    least, begin, found = stride or -(-steps // 4), 0, []
+    while begin < steps:
+        count = min(least if stride else max(least, begin), steps - begin)
+        if not stride and steps - begin - count < least:
+            count = steps - begin
+        found.append((begin, count))
+        begin += count
+    return found
 
 
 def _chosen(state: Any, keep: Tensor) -> Any:

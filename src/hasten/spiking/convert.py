@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import UnsupportedModelError
+from hasten.errors import ConfigurationError, UnsupportedModelError
 from hasten.spiking.layers import LIF
 from hasten.spiking.network import SpikingNetwork, has_state
 from hasten.spiking.surrogate import Surrogate
@@ -149,6 +149,10 @@ def to_spiking(
     every step. Raises ``ValueError`` (:class:`~hasten.errors.UnsupportedModelError`) that names the layer for anything
     else.
     """
+    if not 0 < percentile <= 100:
+        raise ConfigurationError(f"percentile {percentile} is no share of the currents; give 0 to 100, such as 99.7")
+    if not len(calibration):
+        raise ConfigurationError("no calibration samples were given; thresholds are set from the currents of some")
     layers = _plain_layers(model, bias)
     result: list[nn.Module] = []
     x = calibration.unsqueeze(0)

@@ -8,7 +8,7 @@ has one tap per synapse; while it learns, the tap is a Gaussian around the delay
     g_ij[n] = exp(-½ ((n - (K - 1 - d_ij)) / σ)²),   so that a spike at t acts at t + d_ij.
 
 Differs from the paper in: a spike needs a potential above the threshold, not at it; weights are rounded to an exact
-grid when delays become whole steps.
+grid when delays become whole steps; ``whole`` runs the taps of inference while delays learn by their Gaussian.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class DelayLinear(nn.Module):
     """A linear layer with a learnable delay per synapse.
 
     Parameters: ``weight`` and ``delay`` (out, in), the delay in steps from 0 to K - 1. ``sigma`` is the width of the
-    tap in steps; eval mode still uses the Gaussian, :meth:`discretise` gives the layer for inference.
+    tap in steps; eval mode still uses the Gaussian, :meth:`discretise` gives the layer for inference. With ``whole``
+    the layer runs as it will after that, one tap at the nearest step, and only the gradient of the delay is the
+    Gaussian's. Delays that are not learned are whole steps from the start. With ``fan_in`` each output hears so many
+    inputs, drawn at random; the other weights are zero and stay so.
 
     >>> layer = DelayLinear(3, 2, max_delay=0.05, step=0.01)
     >>> layer(torch.zeros(20, 4, 3)).shape, layer.slots
@@ -62,35 +65,64 @@ class DelayLinear(nn.Module):
         *,
         learn_delay: bool = True,
         delayed: bool = True,
+        fan_in: int | None = None,
     ) -> None:
         super().__init__()
+        if fan_in is not None and fan_in < 1:
+            raise ConfigurationError(f"{fan_in} synapses per neuron hear nothing; give 1 to {inputs}, or None for all")
         self.slots = slots_of(max_delay, step) if delayed else 1
         self.step_seconds = step
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         delay = torch.rand(outputs, inputs) * (self.slots - 1)
-        self.delay = nn.Parameter(delay, requires_grad=learn_delay and delayed)
+        learned = learn_delay and delayed
+        self.delay = nn.Parameter(delay if learned else delay.round(), requires_grad=learned)
         self.sigma = max(SHARPEST, self.slots // 2)
+        self.whole = not learned
+        self.connected: Tensor | None
+        self.register_buffer("connected", None)
+        if fan_in is not None and fan_in < inputs:
+            chosen = torch.rand(outputs, inputs).argsort(1)[:, :fan_in]
+            self.connected = torch.zeros(outputs, inputs).scatter_(1, chosen, 1.0)
+            with torch.no_grad():
+                self.weight.mul_(self.connected * (inputs / fan_in) ** 0.5)  # as wide a current as from all
+
+    @property
+    def synapses(self) -> int:
+        """Weights that are not fixed at zero."""
+        return self.weight.numel() if self.connected is None else int(self.connected.sum())
 
     def constrain(self) -> None:
         """Keep delays between 0 and K - 1."""
         self.delay.data.clamp_(0, self.slots - 1)
 
+    def _weights(self) -> Tensor:
+        return self.weight if self.connected is None else self.weight * self.connected
+
     def kernel(self) -> Tensor:
         """(out, in, K): each synapse's Gaussian tap, in the order of the convolution (oldest input first)."""
+        weight = self._weights().unsqueeze(-1)
+        if self.whole and not self.delay.requires_grad:
+            return weight * self._one_tap()
         n = torch.arange(self.slots, dtype=self.weight.dtype, device=self.weight.device)
         g = torch.exp(-0.5 * ((n - (self.slots - 1 - self.delay.unsqueeze(-1))) / self.sigma).square())
-        return self.weight.unsqueeze(-1) * g / (1e-7 + g.sum(-1, keepdim=True))
+        g = g / (1e-7 + g.sum(-1, keepdim=True))
+        return weight * (self._one_tap() + (g - g.detach()) if self.whole else g)
+
+    def _one_tap(self) -> Tensor:
+        where = self.slots - 1 - self.delay.detach().round().long()
+        return functional.one_hot(where, self.slots).to(self.weight.dtype)
 
     def forward(self, spikes: Tensor) -> Tensor:
         """spikes (time, batch, in) -> current (time, batch, out)."""
         if self.slots == 1:
-            return functional.linear(spikes, self.weight)
+            return functional.linear(spikes, self._weights())
         return _taps(spikes, self.kernel())
 
     def discretise(self) -> DiscreteDelayLinear:
         """Whole delays, one tap per synapse, weights on the exact grid."""
-        return DiscreteDelayLinear(on_grid(self.weight), self.delay.detach().round().to(torch.int32), self.step_seconds)
+        delay = self.delay.detach().round().to(torch.int32)
+        return DiscreteDelayLinear(on_grid(self._weights()), delay, self.step_seconds)
 
 
 class DiscreteDelayLinear(nn.Module):

@@ -5,7 +5,8 @@ Hassani, Masquelier, ICLR 2024, arXiv:2306.17670. Each hidden layer is delayed s
 dropout; the class scores are the softmax of the output potential, summed over time. While it learns, the taps narrow
 from half the kernel to 0.5 steps in the first quarter of the epochs.
 Differs from the paper in: the output leaks more slowly than the hidden neurons, except in the published
-configurations; one schedule of the learning rate for weights and delays.
+configurations; one schedule of the learning rate for weights and delays; in the last quarter the network runs with
+the whole delays of inference, so that rounding costs nothing, and delays go on by the gradient of their Gaussian.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import ConfigurationError, ModelLoadError
-from hasten.measure.files import write_text
+from hasten.files import write_text
 from hasten.spiking.delay import SHARPEST, DelayLinear, DiscreteDelayLinear, slots_of
 from hasten.spiking.fit import Fitting, Loss, accuracy, cross_entropy, fit
 from hasten.spiking.layers import LIF, Leak
@@ -63,6 +64,8 @@ class DelayConfig:
     """gradient of the spike"""
     surrogate_width: float = 5.0
     """its width"""
+    fan_in: int | None = None
+    """synapses of each hidden neuron, drawn at random; None connects all. The output hears every neuron"""
     delays: str = "learned"
     """learned, fixed (random, never trained) or none"""
     constant_sigma: bool = False
@@ -73,6 +76,8 @@ class DelayConfig:
             raise ConfigurationError(f"delays {self.delays!r} is not known; give learned, fixed or none")
         if not self.hidden or min(self.hidden) < 1:
             raise ConfigurationError(f"hidden {self.hidden} names no layer; give at least one width")
+        if self.fan_in is not None and self.fan_in < 1:
+            raise ConfigurationError(f"fan_in {self.fan_in} connects nothing; give at least 1, or None for all")
         slots_of(self.max_delay, self.step)
 
     @classmethod
@@ -101,8 +106,17 @@ class TapSchedule:
             return SHARPEST
         return float(start * (SHARPEST / start) ** (epoch / last))
 
+    @staticmethod
+    def whole(epoch: int, epochs: int) -> bool:
+        """Whether ``epoch`` runs with whole delays: the last quarter does."""
+        return epoch >= epochs - epochs // 4
 
-def _binary(spikes: Tensor) -> None:
+
+def _binary(spikes: Tensor, lines: int) -> None:
+    if spikes.shape[-1:] != (lines,):
+        raise ConfigurationError(
+            f"spikes of shape {tuple(spikes.shape)} do not end in the {lines} input lines of this network"
+        )
     if not bool(((spikes == 0) | (spikes == 1)).all()):
         raise ConfigurationError(
             f"delays carry spikes of 0 or 1, got values from {float(spikes.min()):g} to "
@@ -142,7 +156,9 @@ class DelayNet(nn.Module):
         widths = [c.inputs, *c.hidden]
         options = {"learn_delay": c.delays == "learned", "delayed": c.delays != "none"}
         pairs = zip(widths, widths[1:], strict=False)
-        self.synapses = nn.ModuleList(DelayLinear(a, b, c.max_delay, c.step, **options) for a, b in pairs)
+        self.synapses = nn.ModuleList(
+            DelayLinear(a, b, c.max_delay, c.step, fan_in=c.fan_in, **options) for a, b in pairs
+        )
         self.norms = nn.ModuleList(nn.BatchNorm1d(w) if c.norm else nn.Identity() for w in c.hidden)
         decay = max(0.0, 1.0 - c.step / c.tau)
         bump = Surrogate(c.surrogate, c.surrogate_width)
@@ -164,7 +180,7 @@ class DelayNet(nn.Module):
 
     def potentials(self, spikes: Tensor) -> Tensor:
         """Output potential at every step: spikes (time, batch, in) -> (time, batch, classes)."""
-        _binary(spikes)
+        _binary(spikes, self.config.inputs)
         x = spikes
         for synapse, norm, neuron in zip(self.synapses, self.norms, self.neurons, strict=True):
             x = self.dropout(neuron(over_time(norm, synapse(x)).contiguous()))
@@ -212,6 +228,7 @@ class DelayNet(nn.Module):
             for layer in (*self.synapses, self.readout):
                 width = SHARPEST if sharp else TapSchedule.sigma(epoch, epochs, layer.slots)  # type: ignore[arg-type, union-attr]
                 layer.sigma = width  # type: ignore[assignment]
+                layer.whole = not layer.delay.requires_grad or TapSchedule.whole(epoch, epochs)  # type: ignore[assignment, union-attr]
 
         fitting = Fitting(epochs, rate, batch=batch, seed=seed, bf16=bf16)
         losses = fit(
@@ -242,8 +259,10 @@ class DelayNet(nn.Module):
 
     def parameters_by_kind(self) -> dict[str, int]:
         """How many weights and how many delays (two numbers per synapse where delays are learned)."""
-        delays = sum(p.numel() for n, p in self.named_parameters() if n.endswith(".delay") and p.requires_grad)
+        layers = [m for m in self.modules() if isinstance(m, DelayLinear)]
+        delays = sum(m.synapses for m in layers if m.delay.requires_grad)
         weights = sum(p.numel() for n, p in self.named_parameters() if not n.endswith(".delay"))
+        weights -= sum(m.weight.numel() - m.synapses for m in layers)
         return {"weights": weights, "delays": delays}
 
     def stream(self) -> DelayStream:
@@ -319,7 +338,7 @@ class DelayStream:
         """Scores after each step of the chunk."""
         if not len(chunk):
             return []
-        _binary(chunk)
+        _binary(chunk, self.net.config.inputs)
         x = chunk.float().unsqueeze(1)
         for index, (norm, neuron) in enumerate(zip(self.net.norms, self.net.neurons, strict=True)):
             current = over_time(norm, self._lines[index].push(x))

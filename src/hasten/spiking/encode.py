@@ -96,8 +96,18 @@ def event_frames(
 ) -> Tensor:
     """Events of a sensor -> (steps, 2, height, width) of 0 and 1: whether a pixel saw a polarity within a step.
 
-    time in seconds from the beginning, polarity 0 or 1 (or ±1); events after the last step are dropped.
+    time in seconds from the beginning, polarity 0 or 1 (or ±1); events after the last step are dropped. Raises
+    ``ValueError`` for lists of different length and for a pixel outside the sensor.
     """
+    lengths = {len(np.asarray(a)) for a in (time, x, y, polarity)}
+    if len(lengths) > 1:
+        raise ConfigurationError(f"events are as many times as places and polarities; got lists of {sorted(lengths)}")
+    for name, at, size in (("x", np.asarray(x), shape[1]), ("y", np.asarray(y), shape[0])):
+        if at.size and not (int(at.min()) >= 0 and int(at.max()) < size):
+            raise ConfigurationError(
+                f"an event at {name} = {int(at.max() if at.max() >= size else at.min())} lies outside a sensor of "
+                f"{shape[1]} × {shape[0]} pixels; give its (height, width) as shape"
+            )
     frames = np.zeros((steps, 2, *shape), np.float32)
     when = np.floor(np.asarray(time, np.float64) / step).astype(np.int64)
     inside = (when >= 0) & (when < steps)

@@ -7,14 +7,15 @@ Only chains of layers are read, and only neurons that reset to zero and leak to 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from hasten.errors import MissingExtraError, UnsupportedModelError
-from hasten.spiking.layers import IF, LIF, Leak, Neuron, Synaptic
+from hasten.errors import ConfigurationError, MissingExtraError, ModelLoadError, UnsupportedModelError
+from hasten.spiking.layers import IF, LIF, PLIF, Leak, Neuron, Synaptic
 from hasten.spiking.network import SpikingNetwork
 
 __all__ = ["from_nir", "to_nir"]
@@ -50,8 +51,14 @@ def to_nir(network: SpikingNetwork, input_shape: tuple[int, ...], dt: float = _D
     for name, layer in network.layers.named_children():
         shape = tuple(x.shape[1:])
         nodes[f"layer_{name}"] = _node(nir, name, layer, shape, dt)
-        with torch.no_grad():
-            x = layer.step(x)[0] if isinstance(layer, (Neuron, Leak)) else layer(x)
+        try:
+            with torch.no_grad():
+                x = layer.step(x)[0] if isinstance(layer, (Neuron, Leak)) else layer(x)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"input_shape {tuple(input_shape)} does not fit layer {name!r}, which is given {shape} "
+                f"({str(error).splitlines()[0]}); give the shape of one sample at one step"
+            ) from error
     nodes["output"] = nir.Output(output_type={"output": np.array(x.shape[1:])})
     order = list(nodes)
     return nir.NIRGraph(nodes, list(zip(order, order[1:], strict=False)))
@@ -91,6 +98,8 @@ def _node(nir: Any, name: str, layer: nn.Module, shape: tuple[int, ...], dt: flo
     threshold = _full(layer.threshold, shape)
     if type(layer) is IF:
         return nir.IF(np.full(shape, 1 / dt), threshold)
+    if type(layer) is PLIF:
+        return nir.LIF(dt / _full(layer.gain, shape), np.ones(shape), np.zeros(shape), threshold)
     if type(layer) is LIF or type(layer) is Synaptic:
         tau = dt / (1 - _full(layer.decay, shape))
         if not np.isfinite(tau).all():
@@ -102,15 +111,24 @@ def _node(nir: Any, name: str, layer: nn.Module, shape: tuple[int, ...], dt: flo
         return nir.CubaLIF(
             tau_syn=synapse, tau_mem=tau, r=tau / dt, v_leak=np.zeros(shape), v_threshold=threshold, w_in=synapse / dt
         )
-    raise _refuse(name, f"{type(layer).__name__} has other equations than LIF, IF and CubaLIF")
+    raise _refuse(name, f"{type(layer).__name__} has other equations than LIF, PLIF, IF and CubaLIF")
 
 
 def from_nir(graph: Any, timesteps: int, dt: float = _DT) -> SpikingNetwork:
-    """The network of a NIR graph that is one chain; its inputs are time-first spikes or currents (time, batch, …).
+    """The network of a NIR graph, or of a file of one, that is one chain; its inputs are time-first spikes or currents
+    (time, batch, …).
 
-    Raises :class:`~hasten.errors.UnsupportedModelError` for branches, loops and nodes without a counterpart here.
+    Raises :class:`~hasten.errors.UnsupportedModelError` for branches, loops and nodes without a counterpart here, and
+    :class:`~hasten.errors.ModelLoadError` for a file that cannot be read.
     """
     nir = _library()
+    if isinstance(graph, (str, Path)):
+        try:
+            graph = nir.read(str(graph))
+        except Exception as error:  # h5py and nir raise what a broken file meets first
+            raise ModelLoadError(f"{str(graph)!r} is no NIR graph ({error}); write one with nir.write") from error
+    if not isinstance(graph, nir.NIRGraph):
+        raise ModelLoadError(f"{type(graph).__name__} is no NIR graph; give a nir.NIRGraph or the path of its file")
     following: dict[str, str] = {}
     for source, target in set(graph.edges):
         if source in following:

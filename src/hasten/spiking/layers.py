@@ -126,10 +126,10 @@ class IF(Neuron):
 
 
 class LIF(Neuron):
-    """Leaky integrate and fire; give ``decay`` (beta), or ``tau`` and ``dt`` in seconds.
+    """Leaky integrate and fire; give ``decay`` (or ``beta``, another name of it), or ``tau`` and ``dt`` in seconds.
 
-    >>> LIF(tau=20e-3, dt=1e-3).decay
-    tensor(0.9512)
+    >>> LIF(tau=20e-3, dt=1e-3).decay, LIF(beta=0.9).decay
+    (tensor(0.9512), tensor(0.9000))
     """
 
     decay: Tensor
@@ -146,9 +146,10 @@ class LIF(Neuron):
         start: float = 0.0,
         tau: float | None = None,
         dt: float | None = None,
+        beta: float | Tensor | None = None,
     ) -> None:
         super().__init__(threshold, reset, surrogate, detach, learn, start)
-        self._place("decay", _decay(decay, tau, dt))
+        self._place("decay", _decay(decay, tau, dt, beta))
 
     def constrain(self) -> None:
         """Keep the decay in [0, 1] and the threshold positive."""
@@ -160,9 +161,16 @@ class LIF(Neuron):
         return lif_scan(x, self._rest(x) if state is None else state, self._parameters_of(self.decay))
 
 
-def _decay(decay: float | Tensor | None, tau: float | None, dt: float | None) -> float | Tensor:
+def _decay(
+    decay: float | Tensor | None, tau: float | None, dt: float | None, beta: float | Tensor | None = None
+) -> float | Tensor:
+    if decay is not None and beta is not None:
+        raise ConfigurationError(f"decay {decay} and beta {beta} are two names of one number; give one of them")
+    decay = beta if decay is None else decay
     if (decay is None) == (tau is None) or (tau is None) != (dt is None):
-        raise ConfigurationError(f"give a decay, or tau and dt in seconds; got decay={decay}, tau={tau}, dt={dt}")
+        raise ConfigurationError(
+            f"give a decay (beta), or tau and dt in seconds; got decay={decay}, tau={tau}, dt={dt}"
+        )
     if decay is None:
         assert tau is not None
         assert dt is not None
@@ -280,11 +288,17 @@ class Leak(nn.Module):
     """A neuron that never fires: its potential is the output. ``decay`` 1 accumulates."""
 
     def __init__(
-        self, decay: float | Tensor | None = None, *, tau: float | None = None, dt: float | None = None
+        self,
+        decay: float | Tensor | None = None,
+        *,
+        tau: float | None = None,
+        dt: float | None = None,
+        beta: float | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decay: Tensor
-        self.register_buffer("decay", torch.as_tensor(_decay(decay, tau, dt), dtype=torch.get_default_dtype()).clone())
+        kept = _decay(decay, tau, dt, beta)
+        self.register_buffer("decay", torch.as_tensor(kept, dtype=torch.get_default_dtype()).clone())
 
     states = 1
 

@@ -75,11 +75,13 @@ class Resampler:
 
 def read_wav(path: str | Path, seconds: float = 0.02) -> tuple[int, Iterator[Tensor]]:
     """Sample rate, and chunks (n,) in [-1, 1] of ``seconds`` each. Raises :class:`~hasten.errors.DataError`."""
+    if not seconds > 0:
+        raise ConfigurationError(f"chunks of {seconds} s hold no sound; give a length such as 20ms")
     try:
         file = wave.open(str(path), "rb")  # noqa: SIM115 - closed by the iterator
     except (OSError, wave.Error, EOFError) as error:
         raise DataError(
-            f"{str(path)!r} is no WAV file that can be read ({error or 'it is empty'}); give a PCM WAV file"
+            f"{str(path)!r} is no WAV file that can be read ({str(error) or 'it is empty'}); give a PCM WAV file"
         ) from error
     rate, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
     if width not in (1, 2, 3, 4):

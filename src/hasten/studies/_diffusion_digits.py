@@ -33,7 +33,7 @@ def images(seed: int = 0) -> tuple[Tensor, Tensor] | None:
 
 
 def _folder(name: str, *what: Any) -> Path:
-    from hasten.measure.files import cache_folder
+    from hasten.measure.cache import cache_folder
 
     texts = [
         Path(__file__).read_bytes(),

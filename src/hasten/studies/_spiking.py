@@ -432,12 +432,17 @@ def cached(
     return made
 
 
-def points(values: list[float]) -> str:
-    """Mean and 95 % interval of a few seeds (Student's t), in percentage points."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of a few seeds and half of its 95 % interval (Student's t)."""
     mean = sum(values) / len(values)
     if len(values) < 2:
-        return f"{100 * mean:.2f} (one seed)"
+        return mean, math.inf
     spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
     table = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # 97.5 % of 1, 2, … degrees
-    quantile = table[min(len(values) - 2, len(table) - 1)]
-    return f"{100 * mean:.2f} ± {100 * quantile * spread / len(values) ** 0.5:.2f}"
+    return mean, table[min(len(values) - 2, len(table) - 1)] * spread / len(values) ** 0.5
+
+
+def points(values: list[float]) -> str:
+    """Mean and 95 % interval of a few seeds, in percentage points."""
+    mean, half = interval(values)
+    return f"{100 * mean:.2f} ± {100 * half:.2f}" if math.isfinite(half) else f"{100 * mean:.2f} (one seed)"

@@ -4,8 +4,8 @@ indices.
 Checked: exactness, crash safety, the curve, every ablation of the publication at an equal number of list reads and at
 equal candidates, balance, filters, deadlines, dispatch over shards, and the cost model. Publication: SPANN:
 Highly-efficient Billion-scale Approximate Nearest Neighbor Search, https://arxiv.org/abs/2111.08566. The data are the
-named generator ``clustered(seed=7)`` (see ``hasten.retrieve.index.synthetic``) and, for pruning, LSA vectors of
-MedQuAD texts.
+named generator ``clustered(seed=7)`` (see ``hasten.retrieve.index.synthetic``) and, for the rules that place rows
+and for pruning, LSA vectors of MedQuAD texts.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hasten.studies._spann_ablations import ablations, pruning
 from hasten.studies._spann_bench import WIDE, Bench, true_neighbours
 from hasten.studies._spann_crash import crash
 from hasten.studies._spann_curve import curves
+from hasten.studies._spann_text import on_text
 from hasten.studies.study import Check, Scale, Study
 
 __all__ = ["study"]
@@ -56,6 +57,7 @@ def run(scale: Scale) -> Iterator[Check]:
             ("deadline", deadline, bench, 0.45),
             ("ablations", ablations, published, 0.5),
             ("pruning", pruning, published, 0.75),
+            ("text", on_text, published, 0.77),
             ("shards", shards, published, 0.85),
             ("cost", costs, bench, 0.9),
         )
@@ -203,7 +205,7 @@ def costs(bench: Bench) -> Iterator[Check]:
         path = bench.folder / f"cost-{n}"
         build(bench.rows[:n], path, BuildOptions(head_ratio=0.16, memory="4GiB"))
         with Spann.open(path, read_only=True) as index:
-            runs.append(measure_run(index, bench.queries[:200], 0.95))
+            runs.append(measure_run(index, bench.queries, 0.95))
     fit = fit_runs(runs)
     told = cost(10**9, bench.rows.shape[1], 4, 0.16, fit=fit, disk=Disk())
     errors = ", ".join(f"{k} {v:.0%}" for k, v in fit.errors.items())

@@ -12,7 +12,7 @@ __all__ = ["FullDisk"]
 class FullDisk(io.TextIOWrapper):
     """A text file on a disk that has room for ``room`` characters; what goes beyond raises ``ENOSPC``.
 
-    Hand ``lambda descriptor: FullDisk(descriptor, room)`` to :func:`hasten.measure.files.write_text` as its opener.
+    Hand ``lambda descriptor: FullDisk(descriptor, room)`` to :func:`hasten.files.write_text` as its opener.
     """
 
     def __init__(self, descriptor: int, room: int) -> None:

@@ -131,10 +131,11 @@ class Frontier:
         return min(feasible, key=lambda c: costs[id(c)])
 
     def closest(self) -> Candidate | None:
-        """Where nothing is feasible: the measured candidate with the fewest broken bounds, then the least of axis
-        one."""
-        measured = [c for c in self.candidates if c.measured]
-        return min(measured, key=lambda c: (len(c.violations), self.axes[0].cost(c.values)), default=None)
+        """Where nothing is feasible: the candidate with the fewest broken bounds, then the least of axis one, as
+        measured, or as predicted where the prediction was enough to reject it."""
+        known = [c for c in self.candidates if c.values or (c.predicted and c.violations)]
+        first = self.axes[0]
+        return min(known, key=lambda c: (len(c.violations), first.cost(c.values or c.predicted)), default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Axes, names on the frontier, and every candidate."""

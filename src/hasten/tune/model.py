@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hasten.budget import Budget
 from hasten.clock import Clock, MonotonicClock
-from hasten.compress import Plan, Recipe
+from hasten.compress import Plan, Recipe, WeightPrecision
+from hasten.compress.given import finite_parameters
 from hasten.errors import ConfigurationError
 from hasten.measure import energy as energies
 from hasten.measure.counting import call
@@ -26,7 +27,9 @@ from hasten.measure.latency import Comparison, Protocol, compare
 from hasten.measure.machine import Machine
 from hasten.measure.memory import model_bytes, rise
 from hasten.measure.stats import summarise
+from hasten.tune.confirm import confirm, thorough
 from hasten.tune.frontier import Axis, Candidate, Frontier
+from hasten.tune.layers import sensitivities
 from hasten.tune.search import Outcome, Search
 from hasten.tune.space import Point, Space, recipe_of, recipe_space, with_choices
 
@@ -78,6 +81,9 @@ class TuneResult:
     """the confirming run of the best against the unchanged model"""
     points: int | None = None
     """points of the space; more than there are candidates when the time limit ended the search"""
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    """quality lost, as a share of the unchanged model's, by each layer of the best recipe alone; empty where its layers
+    do not stand alone"""
 
     def verdict(self) -> str:
         """One plain sentence, and how much of the space was tried where that was not all."""
@@ -90,7 +96,8 @@ class TuneResult:
     def _sentence(self) -> str:
         if self.best is None:
             near = self.frontier.closest()
-            detail = f"; closest is {near.name}: {'; '.join(near.violations)}" if near is not None else ""
+            guess = "" if near is None or near.measured else " (predicted)"
+            detail = f"; closest is {near.name}: {'; '.join(near.violations)}{guess}" if near is not None else ""
             return f"no candidate meets {self.budget}{detail}"
         if not self.recipe.techniques:
             kept = f"the unchanged model meets {self.budget}"
@@ -109,6 +116,7 @@ class TuneResult:
             "recipe": self.recipe.to_yaml(),
             "frontier": self.frontier.to_json(),
             "comparison": self.comparison.to_json() if self.comparison is not None else None,
+            "sensitivity": dict(self.sensitivity),
             "machine": Machine.detect().to_json(),
         }
 
@@ -147,6 +155,7 @@ class _Bench:
         self.metrics = {b.metric for b in budget.bounds}
         self.percentiles = sorted({50.0, 99.0} | {b.percentile for b in budget.bounds if b.percentile is not None})
         self.size = model_bytes(model)
+        self.unchanged: dict[str, float] | None = None  # its figures of the latest run
 
     def build(self, point: Point) -> tuple[nn.Module, Plan]:
         return self.recipe(point).apply(self.model, self.calibration(point))
@@ -164,33 +173,55 @@ class _Bench:
         return self.data if point["format"] in ("int8-network", "confidence") else None
 
     def predict(self, point: Point) -> Mapping[str, float] | None:
-        """Least bytes that the recipe can reach: every linear weight in its format, scales not counted."""
+        """Least bytes that the recipe can reach (every linear weight in its format, scales not counted), and seconds:
+        those of the unchanged model less what the table of kernels says its layers save."""
         if point["format"] in self.given or point["format"] == "int8-network" or point.get("remove"):
             return None  # convolutions shrink too, or layers by how much their ranks say
         if point["format"] not in _BITS:  # unchanged weights
             return {"size": float(self.size)}
+        technique = recipe_of(point, self.model, self.tokens).techniques[0]
+        assert isinstance(technique, WeightPrecision)
         bits, saved = _BITS[point["format"]], 0.0
-        skip = recipe_of(point, self.model).techniques[0].skip  # type: ignore[attr-defined]
         for name, layer in self.model.named_modules():
-            if type(layer) is nn.Linear and name not in skip:
+            if type(layer) is nn.Linear and name not in technique.skip:
                 held = layer.weight.numel() * layer.weight.element_size()
                 saved += max(0.0, held - layer.weight.numel() * bits / 8)
-        return {"size": self.size - saved}
+        found = {"size": self.size - saved}
+        if self.unchanged is not None and "latency" in self.metrics:
+            before = self.unchanged["latency@p50"]
+            share = max(0.0, 1 - technique.saved_time(self.model, clock=self.clock) / before) if before else 1.0
+            found |= {k: v * share for k, v in self.unchanged.items() if k.startswith("latency@")}
+        return found
 
     def measure(self, point: Point) -> Outcome:
         new, plan = self.build(point)
-        comparison = self.compare(new, "candidate")
+        changes = [action for step in plan.steps for action in step.values()]
+        if changes and all(action == "kept" for action in changes):
+            raise ConfigurationError(f"it is the unchanged model: {_why_kept(new)}")
+        comparison = self.compare({"candidate": new})
         values = self.values(new, comparison, "candidate")
-        unchanged = self.values(self.model, comparison, "unchanged")
+        unchanged = self.unchanged = self.values(self.model, comparison, "unchanged")
         detail = {
             "plan": plan.to_dict(),
             "speedup": comparison.speedup("candidate").to_json(),
             "unchanged": unchanged,
             "notes": list(getattr(getattr(new, "report", None), "notes", ())),
+            "layers": {r.layer: [r.reason, r.bytes_after] for r in getattr(getattr(new, "report", None), "layers", ())},
         }
         return Outcome(values, detail)
 
-    def compare(self, new: nn.Module, name: str) -> Comparison:
+    def rebuild(self, candidate: Candidate) -> tuple[nn.Module, Recipe]:
+        """The candidate's model from its plan, and its recipe."""
+        steps = tuple(candidate.detail.get("plan", {}).get("steps", ()))
+        recipe = replace(self.recipe(candidate.knobs), plan=Plan(steps))
+        return recipe.apply(self.model, self.calibration(candidate.knobs))[0], recipe
+
+    def compare_longer(self, others: Mapping[str, nn.Module]) -> Comparison:
+        """As :meth:`compare`, by the rules of the last run."""
+        return self.compare(others, thorough(self.protocol))
+
+    def compare(self, others: Mapping[str, nn.Module], protocol: Protocol | None = None) -> Comparison:
+        """Models by name in turns with the unchanged one."""
         example = self.data[0]
 
         def runner(one: nn.Module) -> Callable[[], None]:
@@ -200,14 +231,18 @@ class _Bench:
 
             return run
 
-        return compare({"unchanged": runner(self.model), name: runner(new)}, self.protocol, clock=self.clock)
+        calls = {"unchanged": runner(self.model), **{name: runner(one) for name, one in others.items()}}
+        return compare(calls, protocol or self.protocol, clock=self.clock)
+
+    def kept(self, model: nn.Module) -> float:
+        """Quality of a model as a share of the unchanged one's."""
+        if self.quality is not None:
+            return self.quality(model) / self.reference
+        return fidelity(self.model, model, self.data)
 
     def values(self, model: nn.Module, comparison: Comparison, name: str) -> dict[str, float]:
         summary = summarise(comparison.samples[name].times, self.percentiles)
-        if self.quality is not None:
-            kept = self.quality(model) / self.reference
-        else:
-            kept = fidelity(self.model, model, self.data)
+        kept = self.kept(model)
         size = float(model_bytes(model))
         return {
             **self.bounded(model, summary.at(50.0), size),
@@ -236,6 +271,16 @@ class _Bench:
             elif self.power is not None:
                 found["energy"] = energies.tdp(seconds, self.power).joules
         return found
+
+
+def _why_kept(new: nn.Module) -> str:
+    """The reason of the first layer, and for how many others there is one."""
+    layers = getattr(getattr(new, "report", None), "layers", ())
+    told = [r for r in layers if r.reason]
+    if not told:
+        return "every layer was kept"
+    rest = f", and {len(layers) - 1} more layers were kept" if len(layers) > 1 else ""
+    return f"layer {told[0].layer!r} was kept: {told[0].reason}{rest}"
 
 
 def named(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
@@ -301,6 +346,7 @@ def tune(
             "this machine has no energy meter that may be read; give power= (--power), its watts under load, so that "
             "energy is power times time"
         )
+    finite_parameters(model, "tuned")
     clock = clock or MonotonicClock()
     rules = protocol or Protocol(min_samples=60, min_time=0.4, max_time=20.0)
     modes = [(m, m.training) for m in model.modules()]
@@ -327,7 +373,7 @@ def tune(
             axes,
             violations=_judge(budget),
             predict=bench.predict,
-            margin=0.0,  # the prediction of the size is a lower bound
+            margin={"size": 0.0},  # a lower bound
             label=lambda point: bench.recipe(point).label,
             storage=Path(storage) if storage is not None else None,
             name=name,
@@ -345,30 +391,19 @@ def _conclude(
     bench: _Bench, candidates: Sequence[Candidate], axes: tuple[Axis, ...], storage: Path | None
 ) -> TuneResult:
     """Confirm the best with a fresh run; what does not hold is marked and the next one is tried."""
-    pool = list(candidates)
-    baseline = next((c for c in pool if c.knobs["format"] == "unchanged"), None)
+    baseline = next((c for c in candidates if c.knobs["format"] == "unchanged"), None)
     if baseline is None or not baseline.measured:
         outcome = bench.measure({"format": "unchanged"})
         broken = tuple(bench.budget.violations(outcome.values))
         baseline = Candidate("unchanged", {"format": "unchanged"}, outcome.values, {}, broken)
-    while True:
-        frontier = Frontier(tuple(pool), axes)
-        best = frontier.best(bench.budget)
-        if best is None:
-            return TuneResult(None, frontier, Recipe(), bench.model, baseline, bench.budget, storage)
-        if best.knobs["format"] == "unchanged":
-            return TuneResult(best, frontier, Recipe(), bench.model, best, bench.budget, storage)
-        steps = tuple(best.detail.get("plan", {}).get("steps", ()))
-        recipe = replace(bench.recipe(best.knobs), plan=Plan(steps))
-        new, _ = recipe.apply(bench.model, bench.calibration(best.knobs))
-        comparison = bench.compare(new, best.name)
-        values = bench.values(new, comparison, best.name)
-        broken = tuple(bench.budget.violations(values))
-        confirmed = replace(best, values=values, violations=broken, detail={**best.detail, "confirmed": not broken})
-        pool[pool.index(best)] = confirmed
-        if not broken:
-            frontier = Frontier(tuple(pool), axes)
-            return TuneResult(confirmed, frontier, recipe, new, baseline, bench.budget, storage, comparison)
+    found = confirm(candidates, axes, bench.budget, bench.rebuild, bench.compare_longer, bench.values)
+    frontier, model = Frontier(found.pool, axes), found.model if found.model is not None else bench.model
+    if found.best is not None and found.model is None:
+        baseline = found.best
+    return TuneResult(
+        found.best, frontier, found.recipe, model, baseline, bench.budget, storage, found.comparison,
+        sensitivity=sensitivities(bench.model, found.model, bench.kept),
+    )  # fmt: skip
 
 
 def _latency_key(budget: Budget) -> str:

@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 __all__ = ["of_frontier", "of_result", "of_serving"]
 
+_MOST_BARS = 30
 _KINDS = {"size": "bytes", "quality": "ratio", "attainment": "ratio", "throughput": "rate", "goodput": "rate"}
 
 
 def _kind(key: str) -> str:
     return "time" if "@p" in key else _KINDS.get(key, "number")
+
+
+def _cell(candidate: Candidate, key: str) -> str:
+    """What was measured; in brackets what was predicted where it was not."""
+    if key in candidate.values:
+        return format_quantity(candidate.values[key], _kind(key))
+    return f"({format_quantity(candidate.predicted[key], _kind(key))})" if key in candidate.predicted else "–"
 
 
 def _table(report: Report, candidates: tuple[Candidate, ...], best: Candidate | None) -> Report:
@@ -29,7 +37,7 @@ def _table(report: Report, candidates: tuple[Candidate, ...], best: Candidate | 
     for c in candidates:
         state = "inside" if c.feasible else "; ".join(c.violations) or "not measured"
         prefix = "" if c.measured else "rejected by prediction: " if "error" not in c.detail else "impossible: "
-        cells = [format_quantity(c.values[k], _kind(k)) if k in c.values else "–" for k in keys]
+        cells = [_cell(c, k) for k in keys]
         speedup = c.detail.get("speedup") or {}
         span = f"{speedup['value']:.2f}× ({speedup['low']:.2f} to {speedup['high']:.2f})" if speedup else "–"
         rows.append([c.name, *cells, span, prefix + state])
@@ -78,24 +86,43 @@ def of_result(result: TuneResult) -> Report:
         )
     _table(report, frontier.candidates, result.best)
     if result.comparison is not None:
-        report.section("Confirmed", "The best candidate and the unchanged model, measured in turns in one fresh run.")
+        report.section(
+            "Confirmed", "The best candidate, those nearly as fast and the unchanged model, in turns in one fresh run."
+        )
         samples = {n: s.times for n, s in result.comparison.samples.items()}
-        report.plot(plots.ecdf(samples), "Every call of both.")
-    plan = result.recipe.plan
-    if plan is not None and plan.steps:
-        report.section("Layers", "What became of each layer, technique by technique; kept layers are left out.")
-        names = [getattr(t, "name", type(t).__name__) for t in result.recipe.techniques]
-        rows = [
-            [layer, name, action]
-            for name, step in zip(names, plan.steps, strict=False)
-            for layer, action in step.items()
-            if action != "kept"
-        ]
-        report.table(["layer", "technique", "now"], rows)
+        report.plot(plots.ecdf(samples), "Every call of each.")
+    _layers(report, result)
     report.section("Recipe")
     for line in result.recipe.to_yaml().splitlines()[:40]:
         report.text(line)
     return report.data(result.to_json()).machine(Machine.detect())
+
+
+def _layers(report: Report, result: TuneResult) -> None:
+    """What each layer costs alone, and what became of it."""
+    plan = result.recipe.plan
+    if plan is None or not plan.steps:
+        return
+    report.section("Layers", "What became of each layer, technique by technique, and what that costs.")
+    lost = result.sensitivity
+    if lost:
+        most = sorted(lost, key=lambda p: -lost[p])[:_MOST_BARS]
+        shown = {p: {"quality lost": max(lost[p], 0.0)} for p in lost if p in most}
+        rest = "" if len(most) == len(lost) else f" The {len(most)} most sensitive of {len(lost)} are drawn."
+        report.plot(
+            plots.bars(shown, label="quality lost", kind="ratio"),
+            "Each layer in its new form alone, all others unchanged." + rest,
+        )
+    names = [getattr(t, "name", type(t).__name__) for t in result.recipe.techniques]
+    told = result.best.detail.get("layers", {}) if result.best is not None else {}  # of the last technique
+    rows = []
+    for number, (name, step) in enumerate(zip(names, plan.steps, strict=False)):
+        for layer, action in step.items():
+            why, size = told[layer] if number == len(names) - 1 and layer in told else ("", None)
+            alone = f"{100 * lost[layer]:.3g} %" if layer in lost and action != "kept" else "–"
+            held = format_quantity(size, "bytes") if size is not None else "–"
+            rows.append([layer, name, action, held, alone, why])
+    report.table(["layer", "technique", "now", "size", "quality lost alone", "why"], rows)
 
 
 def of_serving(result: ServingResult, report: Report | None = None) -> Report:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.clock import Clock, MonotonicClock
-from hasten.errors import ConfigurationError
+from hasten.errors import ConfigurationError, DataError
 from hasten.measure.machine import Machine
 from hasten.tune.frontier import Axis, Candidate
 from hasten.tune.space import Point, Space, key_of
@@ -65,8 +65,9 @@ class Search:
     """lines for the bounds that values break"""
     predict: Callable[[Point], Mapping[str, float] | None] = lambda point: None
     """values expected before measuring, or None where nothing is known; cheap"""
-    margin: float = 0.2
-    """relative error of the prediction: a point is rejected when it breaks the budget even if it is this much better"""
+    margin: float | Mapping[str, float] = 0.2
+    """relative error of the prediction, by the name of the value where they differ (0.2 for a name that is not there):
+    a point is rejected when it breaks the budget even if it is this much better"""
     label: Callable[[Point], str] = lambda point: ", ".join(f"{k}={v}" for k, v in point.items())
     """short name of a point"""
     storage: Path | None = None
@@ -179,15 +180,15 @@ class Search:
             return Candidate(name, dict(point), {}, predicted, tuple(self.violations(predicted) or broken))
         try:
             outcome = self.measure(point)
-        except ConfigurationError as error:
+        except (ConfigurationError, DataError) as error:
             return Candidate(name, dict(point), {}, predicted, (str(error),), {"error": str(error)})
         values = dict(outcome.values)
         return Candidate(name, dict(point), values, predicted, tuple(self.violations(values)), outcome.detail or {})
 
     def _hopeful(self, key: str, value: float) -> float:
         """A predicted value as good as its error allows."""
-        more = key in _MORE_IS_BETTER
-        return value * (1 + self.margin if more else 1 - self.margin)
+        margin = self.margin if isinstance(self.margin, float) else self.margin.get(key.partition("@")[0], 0.2)
+        return value * (1 + margin if key in _MORE_IS_BETTER else 1 - margin)
 
     def _tell(self, study: Any, trial: Any, candidate: Candidate) -> None:
         import optuna

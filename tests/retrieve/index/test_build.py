@@ -252,3 +252,14 @@ def test_crowded_lists_take_no_third_copies(tmp_path):
     assert spread[1] < spread[0]
     with pytest.raises(ConfigurationError, match="crowding is -1"):
         BuildOptions(crowding=-1)
+
+
+def test_far_copies_do_not_switch_pruning_off(tmp_path):
+    rows, queries = hr.clustered(4000, 16, 60)
+    floors, lists = [], []
+    for name, epsilon in (("near", 0.3), ("far", 10.0)):
+        with hr.Spann.build(rows, tmp_path / name, epsilon=epsilon, crowding=0.0) as index:
+            floors.append(index._view.floor)
+            lists.append(index.search(queries, 5, lists=64, epsilon=0.1).stats.lists.mean())
+    assert floors[0] == floors[1]  # the heads are the same
+    assert lists[0] == lists[1] < 40

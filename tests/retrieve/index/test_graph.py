@@ -9,7 +9,7 @@ import hasten.retrieve as hr
 from hasten.retrieve.index.assign import assign_rows, cut_lists
 from hasten.retrieve.index.format import seed_arrays
 from hasten.retrieve.index.heads import make_seeds
-from hasten.retrieve.index.links import prune
+from hasten.retrieve.index.links import open_ways, prune
 from hasten.retrieve.index.metric import factors, mapped, prepare
 from hasten.retrieve.index.walk import marks
 
@@ -115,3 +115,44 @@ def test_cutting_never_drops_the_last_copy(seed, limit):
     for a, b in zip(begins, begins[1:], strict=False):
         if keep[a:b].sum() > limit:  # whatever is beyond the limit is somebody's last copy
             assert (left[rows[a:b][keep[a:b]]] == 1).sum() >= keep[a:b].sum() - limit
+
+
+@given(seed=st.integers(0, 1000), heads=st.integers(2, 60), degree=st.integers(4, 8))
+def test_ways_are_opened_without_closing_others(seed, heads, degree):
+    rng = np.random.default_rng(seed)
+    graph = np.full((heads, degree), -1, np.int32)
+    for h in range(heads):  # few heads are the neighbours of all, as hubs are
+        others = rng.permutation(np.delete(np.arange(heads), h))[: rng.integers(1, degree + 1)]
+        graph[h, : len(others)] = np.minimum(others, others // 3) if seed % 2 else others
+        edges = [o for o in dict.fromkeys(graph[h, : len(others)].tolist()) if o != h]
+        graph[h] = -1
+        graph[h, : len(edges)] = edges
+    before = graph.copy()
+    least, many = degree // 2, degree + degree // 4
+    changed = open_ways(graph, least, many)
+
+    def ways(g):
+        return np.bincount(g[g >= 0], minlength=heads)
+
+    gained = ways(graph) - ways(before)
+    assert (gained[ways(before) < least] >= 0).all()
+    assert (ways(graph)[ways(before) >= many] >= many - 1).all()  # what gave an edge had many
+    assert changed >= gained.clip(0).sum() > -1
+    for h, edges in enumerate(graph.tolist()):
+        real = [e for e in edges if e >= 0]
+        assert edges == real + [-1] * (degree - len(real))
+        assert h not in real
+        assert len(set(real)) == len(real)
+        kept = [e for e in before[h].tolist() if e in real]
+        assert real[: len(kept)] == kept  # nearest first, as before; new ones behind
+    for h in np.flatnonzero(ways(graph) < least):  # whoever is still short has asked all of its neighbours
+        for near in graph[h][graph[h] >= 0]:
+            full = (graph[near] >= 0).all()
+            assert h in graph[near] or (full and (ways(graph)[graph[near]] <= many).all())
+
+
+def test_no_head_is_left_without_ways_in(linked):
+    rows, _ = hr.clustered(3000, 16, 1)
+    graph = linked(rows, degree=8, alpha=1.3)[1]
+    ways = np.bincount(graph[graph >= 0], minlength=len(rows))
+    assert ways.min() >= 4  # without it 47 heads have none, and 18 % fewer than four

@@ -158,6 +158,29 @@ def test_range_search_misses_nothing(metric, tmp_path, twin):
         assert found.lists.mean() < len(index._view.generation.counts)
 
 
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_the_length_of_an_inner_product_query_changes_nothing(io, tmp_path):
+    rows, queries = hr.clustered(2500, 12, 40, dtype=np.dtype("int8"))
+    hr.Spann.build(rows, tmp_path / "a", metric="ip").close()
+    with hr.Spann.open(tmp_path / "a", io=io, read_only=True) as index:
+        long, truth = index.search(queries, 10, lists=4), index.exact(queries, 10)
+        short = index.search(queries.astype(np.float32) * 2.0**-12, 10, lists=4)
+        np.testing.assert_array_equal(short.ids, long.ids)
+        np.testing.assert_array_equal(short.distances, long.distances * np.float32(2.0**-12))
+        np.testing.assert_array_equal(short.stats.lists, long.stats.lists)
+        assert recall_of(short.ids, truth.ids) > 0.7
+        zero = index.search(np.zeros((1, 12)), 10)  # all products are equal
+        assert (zero.distances == 0).all()
+        assert (zero.ids >= 0).all()
+
+
+def test_reading_everything_says_what_was_read(index, collection):
+    told = index.search(collection[1][:2], 5, lists=None).stats
+    generation = index._view.generation
+    assert (told.bytes >= generation.counts.sum() * generation.row_bytes).all()
+    assert (told.reads == 1).all()  # lists lie one behind the other
+
+
 def test_range_search_grows_its_answer(index, collection):
     bounds, _, ids = index.range_search(collection[1][:1], 1e6)
     assert bounds.tolist() == [0, 2000]

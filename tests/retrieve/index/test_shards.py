@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hasten.retrieve as hr
-from hasten.errors import ConfigurationError, DataError
+from hasten.errors import ConfigurationError, DataError, InvalidRequestError
 from hasten.retrieve.index.build import BuildOptions
 from hasten.retrieve.index.shards import LocalTransport, RayTransport, Shards, pack
 from hasten.retrieve.index.tune import recall_of
@@ -78,6 +78,17 @@ def test_a_lost_machine_is_told(place, rows):
     shards.close()
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"queries": np.zeros((1, 3))}, "shape"), ({"queries": np.full((1, 10), np.nan)}, "NaN"), ({"k": 0}, "k is 0")],
+)
+def test_a_bad_request_is_no_lost_machine(change, word, place, rows):
+    shards = Shards(place)
+    with pytest.raises(InvalidRequestError, match=word):
+        shards.search(**{"queries": rows[1], "k": 3, **change})
+    shards.close()
+
+
 def test_rebalancing_follows_the_load(place, rows):
     shards = Shards(place)
     loads = np.ones(len(shards.rows))
@@ -85,6 +96,7 @@ def test_rebalancing_follows_the_load(place, rows):
     shards.rebalance(loads)
     hot = shards.machine_of[3]
     assert sum(m == hot for m in shards.machine_of) == 1  # the hot part has a machine to itself
+    assert shards.search(rows[1], 2, epsilon=1e9).lost == ()  # what runs is as it was
     shards.close()
     again = Shards(place)
     assert again.machine_of == shards.machine_of
@@ -115,6 +127,17 @@ def test_what_cannot_be_sharded(rows, tmp_path):
         Shards(tmp_path)
     with pytest.raises(ConfigurationError, match="at least 1"):
         pack([1.0], 0)
+    with pytest.raises(DataError, match="row 1 has the id 7"):
+        Shards.build(rows[0][:40], tmp_path / "x", machines=1, ids=np.full(40, 7))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_of_an_iterable_with_ids(rows, tmp_path):
+    names = np.arange(400)[::-1] + 1000
+    blocks = (rows[0][b : b + 100] for b in range(0, 400, 100))
+    shards = Shards.build(blocks, tmp_path / "all", machines=1, ids=names)
+    assert shards.search(rows[0][[3, 399]], 1, epsilon=1e9).ids[:, 0].tolist() == [names[3], names[399]]
+    shards.close()
 
 
 @pytest.mark.slow

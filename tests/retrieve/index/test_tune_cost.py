@@ -9,7 +9,8 @@ import pytest
 import hasten.retrieve as hr
 from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError
-from hasten.retrieve.index.cost_model import Run, cost, fit_runs, measure_runs
+from hasten.retrieve.index import cost_model
+from hasten.retrieve.index.cost_model import Fall, Run, cost, fit_runs, measure_runs
 from hasten.retrieve.index.tune import measure_point, recall_of
 
 
@@ -128,6 +129,19 @@ def test_what_falls_stays_at_the_largest_run():
     assert fit.error < 1e-9
     assert fit.at("lists", 10**5) == pytest.approx(3e4 / 10**2.5)
     assert fit.at("lists", 10**9) == pytest.approx(30.0)
+
+
+def test_a_fall_between_plateaus_is_found(monkeypatch):
+    sizes = (12_500, 25_000, 50_000, 100_000, 200_000)
+    true = Fall(math.log(30.0), math.log(6.0), 50_000.0, 3.0)
+    lists = [true.at(n) for n in sizes]
+    taken = [Run(n, n // 6, 4.0, 500.0, v, 20 * v, 0.95, 1e-5, 5e-6) for n, v in zip(sizes, lists, strict=True)]
+    fit = fit_runs(taken)
+    assert fit.laws["lists"].fall is not None
+    monkeypatch.setattr(cost_model, "POWER", math.inf)
+    assert fit.error < 0.7 * fit_runs(taken).error  # of a power of n alone
+    np.testing.assert_allclose([fit.at("lists", n) for n in sizes], lists, rtol=0.25)
+    assert fit.at("lists", 10**9) == fit.at("lists", 200_000)
 
 
 def test_one_point_is_not_extrapolated():

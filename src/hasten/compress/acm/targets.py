@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.acm.module import AdaptiveComputation
+from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.moments import observe
 from hasten.errors import ConfigurationError
 
@@ -81,9 +82,10 @@ def find_targets(model: nn.Module, patterns: Sequence[str], calibration: Sequenc
                 f"{names[0]} maps {before[names]} to {after[names]}; only parts that keep the width of tokens can be "
                 "adaptive"
             )
-        macs = sum(
-            m.weight.numel() for n in names for m in model.get_submodule(n).modules() if isinstance(m, nn.Linear)
-        )
+        matrices = [m for n in names for m in model.get_submodule(n).modules() if isinstance(m, nn.Linear)]
+        for matrix in matrices:
+            finite_weight(names[0], matrix.weight)
+        macs = sum(m.weight.numel() for m in matrices)
         if not macs:
             raise ConfigurationError(f"{names[0]} holds no linear layer; nothing there is worth choosing")
         single = len(names) == 1 and isinstance(model.get_submodule(names[0]), nn.Linear)

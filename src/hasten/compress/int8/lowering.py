@@ -48,7 +48,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         return fx.symbolic_trace(model)
     except Exception as error:  # whatever a model's own code raises when it meets a symbol
-        raise Unsupported(f"the model cannot be traced ({str(error).splitlines()[0][:100]})") from error
+        reason = str(error).splitlines()[0].partition(". ")[0][:100]
+        raise Unsupported(f"the model cannot be traced ({reason})") from error
 
 
 class _Recorder(fx.Interpreter):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import run_example
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import call
 
@@ -102,7 +103,7 @@ def observe(
         with evaluating(model), torch.inference_mode():
             for index, example in enumerate(calibration):
                 with suppress(_Enough):
-                    call(model, example)
+                    run_example(model, example, index)
                 if progress is not None:
                     progress("calibrating", (index + 1) / len(calibration))
     finally:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.absorb import Absorbed, absorb, weight_format
 from hasten.compress.lowrank.fourbit import SvdQuantLinear, pack_codes
 from hasten.compress.lowrank.moments import observe, output_sqnr, require_cpu
@@ -147,14 +148,13 @@ class SvdQuant:
             elif owners[id(module.weight)] > 1:
                 reports.append(LayerReport(name, "kept", "its weight is shared with another layer", size, size))
             else:
+                finite_weight(name, module.weight)
                 found[name] = module
         return found, reports
 
     def _check(self, names: Sequence[str], members: Sequence[nn.Linear], rows: int) -> None:
         inner = members[0].in_features
         for name, layer in zip(names, members, strict=True):
-            if not bool(torch.isfinite(layer.weight).all()):
-                raise DataError(f"the weight of {name} is not finite; repair it, or add it to skip")
             if self.rank >= min(inner, layer.out_features):
                 raise ConfigurationError(
                     f"{name} is {layer.out_features} x {inner}: rank {self.rank} would hold all of it; lower the rank "
@@ -372,7 +372,7 @@ def save_svdquant(model: nn.Module, folder: str | Path) -> None:
     shape."""
     from safetensors.torch import save_file
 
-    from hasten.measure.files import write_text
+    from hasten.files import write_text
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear, truncate
 from hasten.compress.lowrank.moments import Moments, observe, output_sqnr, require_cpu
 from hasten.compress.technique import LayerReport, TechniqueReport, register
@@ -96,6 +97,7 @@ class TruncatedSvd:
             kind = type(module) is nn.Linear or (self.convolutions and type(module) is nn.Conv2d)
             wanted = any(fnmatchcase(name, p) for p in self.layers) and not any(fnmatchcase(name, p) for p in self.skip)
             if kind and wanted:
+                finite_weight(name, module.weight)
                 found[name] = module
         moments = {n: Moments(m.in_features) for n, m in found.items() if isinstance(m, nn.Linear)}
         if calibration:

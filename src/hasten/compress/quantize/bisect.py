@@ -24,7 +24,7 @@ from hasten.compress.quantize.augmented import UnitScores
 from hasten.compress.quantize.base import Format
 from hasten.compress.quantize.simulate import Simulated
 from hasten.errors import ConfigurationError, DataError
-from hasten.measure.files import write_text
+from hasten.files import write_text
 
 __all__ = ["BisectPrecision", "Frontier", "Searched", "Tried"]
 

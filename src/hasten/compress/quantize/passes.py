@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.given import run_example
 from hasten.compress.quantize.arrivals import arrivals
 from hasten.compress.quantize.chain import BlockChain
 from hasten.compress.quantize.layers import _reach, describe, is_convolution
 from hasten.errors import DataError
-from hasten.measure.counting import call
 
 __all__ = ["Calibration", "Survey", "evaluating", "output_mean", "patches"]
 
@@ -69,14 +69,7 @@ class Calibration:
 
     def run(self, model: nn.Module, example: Any, index: int) -> None:
         """One forward, errors on one line."""
-        try:
-            call(model, example)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"calibration input {index} of shape {_shapes(example)} does not fit the model ({first}); give inputs "
-                "as the model is called with"
-            ) from error
+        run_example(model, example, index)
 
     def survey(
         self, model: nn.Module, layers: Sequence[str], watch: Callable[[str, Tensor], None] | None = None
@@ -156,12 +149,6 @@ class Calibration:
                 caught = arrivals(model.get_submodule(path), partial(self.run, model, example, index), calls)
             for given, _ in caught:
                 yield given[0].detach()
-
-
-def _shapes(example: Any) -> str:
-    from torch.utils import _pytree as pytree
-
-    return ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(example) if isinstance(t, Tensor)) or "no tensor"
 
 
 def output_sum(result: Tensor, layer: nn.Module) -> tuple[Tensor, float]:

@@ -176,7 +176,8 @@ def decide(
     if not names:
         return None, f"no kernel here runs {layer.format.label} weights of {shape[0]} x {shape[1]}", None
     asked = {n: "int8-dynamic" if n == INTEGER else n for n in names}
-    times = kernels.measure_kernels(shape, tokens, ["fp32", *asked.values()], clock=clock)
+    rows = torch.float32  # of the model in place of which this one is asked for
+    times = kernels.measure_kernels(shape, tokens, ["fp32", *asked.values()], clock=clock, inputs=rows)
     best = min(names, key=lambda n: times[asked[n]])
     speedup = times["fp32"] / times[asked[best]]
     if only_faster and speedup < 1:

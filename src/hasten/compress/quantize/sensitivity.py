@@ -24,7 +24,7 @@ from hasten.compress.quantize.hessian import Ends, Hessian, Loss, lanczos, power
 from hasten.compress.quantize.portions import portions
 from hasten.compress.quantize.selection import parameters_of, weight_blocks
 from hasten.errors import ConfigurationError
-from hasten.measure.files import write_text
+from hasten.files import write_text
 
 __all__ = ["HessianSpectrum", "LayerSpectrum", "Spectrum"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,8 @@ from hasten.compress.quantize.compact import expand, shrink
 from hasten.compress.quantize.layers import ActivationQuantizer, QuantizedLayer, Simulated, describe
 from hasten.compress.quantize.targets import put
 from hasten.compress.recipe import Recipe
-from hasten.errors import ConfigurationError, DataError, ModelLoadError
+from hasten.errors import ConfigurationError, ModelLoadError
+from hasten.files import write_bytes
 
 __all__ = ["load", "save"]
 
@@ -70,7 +70,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "aliases": json.dumps(aliases),
     }
     target = Path(folder) / _FILE
-    _write(target, to_bytes(tensors, metadata=header))
+    write_bytes(target, to_bytes(tensors, metadata=header))
     if isinstance(recipe, Recipe):
         recipe.save(Path(folder) / _RECIPE)
     return target
@@ -96,22 +96,6 @@ def _layer(path: str, module: QuantizedLayer, tensors: dict[str, Tensor]) -> dic
         "activation": values.write(activation.format if activation is not None else getattr(module, "inputs", None)),
         "kernel": kernel,
     }
-
-
-def _write(target: Path, content: bytes) -> None:
-    part: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        if part is not None and os.path.exists(part):
-            os.unlink(part)
-        raise DataError(f"{str(target)!r} was not written ({error.strerror or error}); name another place") from error
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module, *, kernels: bool = True) -> nn.Module:

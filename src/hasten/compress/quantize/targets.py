@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import finite_weight
 from hasten.compress.technique import LayerReport
 from hasten.errors import ConfigurationError
 
@@ -55,8 +55,7 @@ def targets(
         if not _matches(path, patterns) or _matches(path, skip) or kind not in kinds:
             kept.append(LayerReport(path, "kept", "left out by layers=, skip= or kinds=", size, size))
             continue
-        if not bool(torch.isfinite(weight).all()):
-            raise ConfigurationError(f"layer {path!r}: its weight holds NaN or infinity; repair it or add it to skip=")
+        finite_weight(path, weight)
         if owners[id(weight)] > 1:
             kept.append(LayerReport(path, "kept", "its weight is shared with another layer", size, size))
         elif bool((weight == weight.flatten()[0]).all()):

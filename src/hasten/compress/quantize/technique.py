@@ -27,7 +27,7 @@ from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerToken
 from hasten.compress.quantize.integer import Int
 from hasten.compress.quantize.layers import ActivationQuantizer, QuantizedLayer, Simulated, activation_format
 from hasten.compress.quantize.minifloat import FP8_E4M3
-from hasten.compress.quantize.observers import Watch
+from hasten.compress.quantize.observers import Mse, Watch
 from hasten.compress.quantize.passes import Calibration, Survey
 from hasten.compress.quantize.steps import Layer, Step, Work, relative_error
 from hasten.compress.quantize.targets import KINDS, matrix, put, targets
@@ -41,13 +41,16 @@ Progress = Callable[[str, float], None]
 
 _TOKEN = Int(8, PerToken(), dynamic=True)
 _FP8_TOKEN = replace(FP8_E4M3, granularity=PerToken(), dynamic=True)
+# Few levels are worth a search of the range: 20 factors come within 2 % of the squared error that 80 reach.
+_SEARCHED = Mse(steps=20)
+_FOUR = Int(4, PerGroup(1, 32), full_range=True, observer=_SEARCHED)
 SCHEMES: dict[str, tuple[Format, Format | None]] = {
     "W8A8": (Int(8, PerChannel(0)), _TOKEN),
     "W8A16": (Int(8, PerChannel(0)), None),
-    "W4A16": (Int(4, PerGroup(1, 32)), None),
-    "W4A8": (Int(4, PerGroup(1, 32)), _TOKEN),
-    "W3A16": (Int(3, PerGroup(1, 32), symmetric=False), None),
-    "W2A16": (Int(2, PerGroup(1, 32), symmetric=False), None),
+    "W4A16": (_FOUR, None),
+    "W4A8": (_FOUR, _TOKEN),
+    "W3A16": (Int(3, PerGroup(1, 32), symmetric=False, observer=_SEARCHED), None),
+    "W2A16": (Int(2, PerGroup(1, 32), symmetric=False, observer=_SEARCHED), None),
     "FP8": (FP8_E4M3.per_channel(), FP8_E4M3),
     "FP8_DYNAMIC": (FP8_E4M3.per_channel(), _FP8_TOKEN),
     "NF4": (NF4, None),

@@ -39,6 +39,8 @@ __all__ = ["BuildOptions", "build", "needed"]
 
 Progress = Callable[[str, float], None]
 SEGMENT = "postings-1-0.bin"
+SAMPLED = 200_000
+"""rows whose distance to the nearest head is looked at for the floor of the pruning rule"""
 
 
 def _silent(stage: str, share: float) -> None:
@@ -94,6 +96,16 @@ def needed(n: int, width: int, itemsize: int, options: BuildOptions) -> float:
     per_head = width * itemsize * 1.2 + 4 * (width + 17) + 8 * options.degree + 64
     per_row = 4 + 1 + 8 + 8 + 40  # order, copies, location, marks, nodes of the tree
     return heads * per_head + n * per_row + (24 << 20)
+
+
+def _third(squares: NDArray[np.float32]) -> float:
+    """Where the lower third of the squared distances that are not zero ends: how far pruning takes the nearest head to
+    be at least, for a query that lies on it.
+
+    The radii of lists would not do: copies far away make them long, and pruning would keep everything.
+    """
+    some = squares[squares > 0].astype(np.float64)
+    return float(np.quantile(some, 1 / 3)) if len(some) else 0.0
 
 
 class _Build:
@@ -201,6 +213,7 @@ class _Build:
         per_range = -(-len(self.head_rows) // partitions)
         spills = [Path(self.folder.path(f".pairs-{p}")) for p in range(partitions)]
         self.copies = np.zeros(self.n, np.uint8)
+        own: list[NDArray[np.float32]] = []  # squared distances of some rows to their nearest heads
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(p.open("wb")) for p in spills]
             for pairs, done in closure(
@@ -220,7 +233,10 @@ class _Build:
                     which = pairs["head"] // per_range
                     for p in np.unique(which):
                         pairs[which == p].tofile(files[p])
+                nearest = np.flatnonzero(np.diff(pairs["row"], prepend=-1))
+                own.append(pairs["distance"][nearest[:: max(1, self.n // SAMPLED)]])
                 self.progress("assign", 0.4 + 0.4 * done)
+        self.floor = _third(np.concatenate(own) if own else np.zeros(0, np.float32))
         return spills, per_range
 
     def _write_lists(self, spills: list[Path], per_range: int) -> dict[str, Any]:
@@ -263,7 +279,6 @@ class _Build:
         zero = int(np.count_nonzero(self.location < 0))
         assert zero == 0, f"{zero} rows are in no list"  # the invariant of closure and cut
         filled = before[before > 0]
-        radii = self.directory["radius"][self.directory["count"] > 0]
         return {
             "rows": self.n,
             "width": self.width,
@@ -278,7 +293,7 @@ class _Build:
             "beyond_limit": beyond,
             "edges": float((self.state[2] >= 0).sum() / count),
             "postings_bytes": self.size,
-            "floor": float(np.quantile(radii.astype(np.float64) ** 2, 0.05)) if len(radii) else 0.0,
+            "floor": self.floor,
         }
 
     def _commit(self, told: dict[str, Any]) -> None:

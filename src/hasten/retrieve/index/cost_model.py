@@ -2,8 +2,9 @@
 
 memory = heads (d b + 4 degree + 28), disk = rows in lists (d b + 8) + half a page per list, latency = head distances
 * t_head + ceil(lists / queue depth) t_read + bytes / bandwidth + rows scored * t_row. How many head distances, lists
-and copies a recall takes grows with log n, or falls with a power of n and then stays at what the largest run took; that
-is fitted to runs at several n and judged by leaving each run out. One run cannot be extrapolated and is refused.
+and copies a recall takes grows with log n, or falls, by a power of n or between two plateaus, and then stays at what
+the largest run took; that is fitted to runs at several n and judged by leaving each run out. One run cannot be
+extrapolated and is refused.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hasten.budget import format_quantity
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError
 from hasten.retrieve.index.build import BuildOptions
 from hasten.retrieve.index.hit import SearchOptions
-from hasten.retrieve.index.tune import measure_point, recall_of
+from hasten.retrieve.index.tune import Point, measure_point, recall_of
 
 if TYPE_CHECKING:
     from hasten.retrieve.index.spann import Spann
 
-__all__ = ["Cost", "Disk", "Fit", "Law", "Run", "cost", "cost_of_index", "fit_runs", "measure_runs"]
+__all__ = ["Cost", "Disk", "Fall", "Fit", "Law", "Run", "cost", "cost_of_index", "fit_runs", "measure_runs"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Disk:
 
 @dataclass(frozen=True)
 class Law:
-    """How a quantity goes with n: ``a + b ln n`` where it grows, ``exp(a + b ln n)`` where it falls."""
+    """How a quantity goes with n: ``a + b ln n`` where it grows, ``exp(a + b ln n)`` where it falls; where that is not
+    how it falls, the geometric mean of it and of a fall between plateaus, since a few runs do not tell which it is.
+    """
 
     a: float
     b: float
@@ -76,12 +80,48 @@ class Law:
     """beyond the largest run it stays: more rows never take less work than were measured to"""
     largest: float
     """n of the largest run"""
+    fall: Fall | None = None
+    """where a power of n alone does not describe the fall"""
 
     def at(self, n: float) -> float:
         """The quantity at n."""
         if not self.falls:
             return max(1.0, self.a + self.b * float(np.log(n)))
-        return max(1.0, float(np.exp(self.a + self.b * np.log(min(n, self.largest)))))
+        n = min(n, self.largest)
+        power = float(np.exp(self.a + self.b * np.log(n)))
+        return max(1.0, power if self.fall is None else float(np.sqrt(power * self.fall.at(n))))
+
+
+@dataclass(frozen=True)
+class Fall:
+    """``ln y = low + (high - low) / (1 + (n / middle)^steepness)``.
+
+    Neighbours in a collection of few rows lie far and in many directions, in one of many rows near and in few lists;
+    between the two, what a recall takes falls with n, and on either side it hardly changes.
+    """
+
+    high: float
+    """logarithm of the plateau of few rows"""
+    low: float
+    """logarithm of the plateau of many rows"""
+    middle: float
+    """n half way down"""
+    steepness: float
+
+    def at(self, n: float) -> float:
+        """The quantity at n."""
+        return float(np.exp(self.low + (self.high - self.low) / (1 + (n / self.middle) ** self.steepness)))
+
+    @classmethod
+    def of(cls, n: NDArray[np.float64], y: NDArray[np.float64]) -> Fall:
+        """Least squares of the logarithms on a grid; a plateau is at most 30 % beyond what was measured."""
+        high = np.log(y.max() * np.linspace(1.0, 1.3, 4))[:, None, None, None, None]
+        low = np.log(y.min() * np.linspace(0.7, 1.0, 4))[:, None, None, None]
+        steepness = np.array([1.0, 1.5, 2.0, 3.0, 4.0])[:, None, None]
+        middle = np.geomspace(n.min() / 2, n.max() * 2, 40)[:, None]
+        told = low + (high - low) / (1 + (n / middle) ** steepness)
+        i, j, k, m = np.unravel_index(np.argmin(((told - np.log(y)) ** 2).sum(-1)), told.shape[:-1])
+        return cls(float(high[i].item()), float(low[j].item()), float(middle[m].item()), float(steepness[k].item()))
 
 
 @dataclass(frozen=True)
@@ -154,6 +194,8 @@ class Cost:
 
 
 _FITTED = ("checks", "lists", "copies", "scored")
+POWER = 0.05
+"""a fall is a power of n where that is off by no more than this share (root mean square)"""
 
 
 def _law(runs: Sequence[Run], name: str, largest: float) -> Law:
@@ -161,9 +203,12 @@ def _law(runs: Sequence[Run], name: str, largest: float) -> Law:
     y = np.array([getattr(r, name) for r in runs], float)
     b, a = np.polyfit(x, y, 1)
     falls = bool(b < 0 and (y > 0).all())  # a falling line would pass zero
+    fall = None
     if falls:
         b, a = np.polyfit(x, np.log(y), 1)
-    return Law(float(a), float(b), falls, largest)
+        if float(np.sqrt(np.mean((a + b * x - np.log(y)) ** 2))) > POWER:
+            fall = Fall.of(np.exp(x), y)
+    return Law(float(a), float(b), falls, largest, fall)
 
 
 def fit_runs(runs: Sequence[Run]) -> Fit:
@@ -267,30 +312,47 @@ def measure_runs(
     return runs
 
 
+LADDER = (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8))
+"""lists that are tried until the recall is reached"""
+
+
 def measure_run(index: Spann, queries: Any, recall: float = 0.95, k: int = 10) -> Run:
-    """Knobs of a fine ladder at beam = 2.5 lists, so that runs of different n can be compared."""
+    """What ``recall`` takes: between the two steps of a ladder (beam = 2.5 lists) around it, linear in the recall.
+
+    A step is coarse beside the recall that it adds, and whichever is the first to reach it overshoots by chance; so
+    every quantity is taken where the recall is met exactly.
+    """
     truth = index.exact(queries, k).ids
-    point, chosen = None, None
-    for lists in (*range(1, 17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 257, 8)):
+    steps: list[tuple[Point, Point]] = []  # the last two: whole searches and their walks
+    for lists in LADDER:
         options = SearchOptions(lists=lists, beam=max(16, lists * 5 // 2), epsilon=1e15 - 1)
-        hit = index.search(queries, k, options=options, detail=False)
-        if recall_of(hit.ids, truth, k) >= recall:
-            chosen = options
+        found = index.search(queries, k, options=options, detail=False).ids
+        reached = recall_of(found, truth, k)
+        point = measure_point(index, queries, truth, k, options, 3 if reached >= recall else 1)
+        walk = measure_point(index, queries, truth, k, options.with_(lists=0), 3 if reached >= recall else 1)
+        steps = [*steps[-1:], (point, walk)]
+        if reached >= recall:
             break
-    chosen = chosen or options
-    point = measure_point(index, queries, truth, k, chosen)
-    walk = measure_point(index, queries, truth, k, chosen.with_(lists=0))
+    (low, low_walk), (high, high_walk) = steps[0], steps[-1]
+    gain = high.recall - low.recall
+    share = min(1.0, max(0.0, (recall - low.recall) / gain)) if gain > 0 else 1.0
+
+    def between(a: float, b: float) -> float:
+        return a + share * (b - a)
+
     built = index._view.generation.manifest.parameters["built"]
+    seconds = between(low.seconds, high.seconds)
+    checks = between(low_walk.distances, high_walk.distances)
     return Run(
         built["rows"],
         built["heads"],
         max(built["replicas"], 1e-9),
-        walk.distances,
-        max(point.lists, 1.0),
-        point.distances - walk.distances,
-        point.recall,
-        point.seconds,
-        min(walk.seconds, point.seconds),
+        checks,
+        max(between(low.lists, high.lists), 1.0),
+        between(low.distances, high.distances) - checks,
+        between(low.recall, high.recall),
+        seconds,
+        min(between(low_walk.seconds, high_walk.seconds), seconds),
     )
 
 

@@ -182,6 +182,19 @@ class Generation:
         """
         return seed_arrays(self.heads, self.groups)
 
+    @cached_property
+    def _searched(self) -> tuple[tuple[Callable[[], int], int], ...]:
+        """(present size, size when it was opened) of the maps that a search reads: lists, ids, heads not held."""
+        others = (self.manifest.roles.get(role) for role in ("directory", "location"))
+        skipped = {name for name in others if name is not None}
+        return tuple((present, size) for path, present, size in self.files if path.rsplit("/", 1)[-1] not in skipped)
+
+    def check_searched(self) -> None:
+        """:meth:`check` for what a search reads, which is asked before each one."""
+        for present, size in self._searched:
+            if present() < size:
+                self.check()
+
     def check(self, *, lists: bool = True) -> None:
         """Raise CorruptPostingError if a mapped file was cut after it was opened: to read beyond its end would kill the
         process. ``lists`` False looks at the other files only.

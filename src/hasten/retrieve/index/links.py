@@ -1,7 +1,9 @@
 """Linking heads into the graph: the RNG rule, edges both ways, insertion in batches.
 
 Going through candidates in ascending order, ``c`` becomes a neighbour of a head if it is nearer to it than (``alpha``
-times) to every neighbour already taken: |h - c| < alpha |c - a| for each a.
+times) to every neighbour already taken: |h - c| < alpha |c - a| for each a. An over-full head drops edges, so that some
+heads end with hardly an edge that leads to them, and walks do not find them: such heads take the place of others that
+many edges lead to (see ``open_ways``).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from hasten.retrieve.index.kernel import hot, njit
 from hasten.retrieve.index.simd import address_of, squared1, widen
 from hasten.retrieve.index.walk import marks, walk_many
 
-__all__ = ["link_batch", "link_heads", "prune"]
+__all__ = ["link_batch", "link_heads", "open_ways", "prune"]
 
 
 @hot
@@ -133,6 +135,49 @@ def link_batch(heads, extra, graph, fill, metric, largest, nodes, edges, edge_co
             )
 
 
+@njit
+def open_ways(graph, least, many):
+    """See that at least ``least`` edges lead to each head, as far as its own neighbours can give them; returns how many
+    were set.
+
+    ``graph`` (heads, degree) int32, padded with -1, is changed in place. Heads with the fewest ways in come first; each
+    asks its neighbours, nearest first. One with room takes it as its last edge; a full one drops its edge to the head
+    that most ways lead to, if those are at least ``many``.
+    """
+    heads, degree = graph.shape
+    ways = np.zeros(heads, np.int64)
+    for h in range(heads):
+        for e in range(degree):
+            if graph[h, e] < 0:
+                break
+            ways[graph[h, e]] += 1
+    changed = 0
+    for h in np.argsort(ways, kind="mergesort"):
+        for e in range(degree):
+            near = graph[h, e]
+            if ways[h] >= least or near < 0:
+                break
+            size, busiest, most = 0, -1, many
+            known = False
+            while size < degree and graph[near, size] >= 0 and not known:
+                other = graph[near, size]
+                known = other == h
+                if ways[other] >= most:
+                    busiest, most = size, ways[other]
+                size += 1
+            if known or (size == degree and busiest < 0):
+                continue
+            if size == degree:
+                ways[graph[near, busiest]] -= 1
+                for t in range(busiest, degree - 1):
+                    graph[near, t] = graph[near, t + 1]
+                size = degree - 1
+            graph[near, size] = h
+            ways[h] += 1
+            changed += 1
+    return changed
+
+
 def link_heads(
     heads: Any,
     extra: Any,
@@ -150,14 +195,18 @@ def link_heads(
     """Insert the heads ``nodes`` into ``graph`` in place, in batches that several threads search.
 
     A batch is at most a twentieth of what is linked already, so the result does not depend on the number of threads.
+    Whenever the graph has doubled, and at the end, heads that few edges lead to get more.
     """
     degree = graph.shape[1]
     fill = (graph >= 0).sum(1).astype(np.int32)
     linked = int(np.count_nonzero(fill)) + 1
     scratches = [marks(len(heads), degree) for _ in range(threads)]
-    done = 0
+    done, opened = 0, max(linked, 1024)
     with ThreadPoolExecutor(threads) as pool:
         while done < len(nodes):
+            if linked >= 2 * opened:
+                open_ways(graph, degree // 2, degree + degree // 4)
+                fill, opened = (graph >= 0).sum(1).astype(np.int32), linked
             size = min(len(nodes) - done, max(1, linked // 20), 1 << 14)
             batch = np.ascontiguousarray(nodes[done : done + size], np.int64)
             edges, count = np.full((size, degree), -1, np.int32), np.zeros(size, np.int32)
@@ -197,3 +246,4 @@ def link_heads(
             linked += size
             if progress is not None:
                 progress(done / len(nodes))
+    open_ways(graph, degree // 2, degree + degree // 4)

@@ -15,7 +15,20 @@ from numpy.typing import NDArray
 
 from hasten.errors import ConfigurationError, DataError
 
-__all__ = ["COSINE", "DTYPES", "INNER", "L2", "code_of", "distances", "factors", "lanes", "mapped", "native", "prepare"]
+__all__ = [
+    "COSINE",
+    "DTYPES",
+    "INNER",
+    "L2",
+    "code_of",
+    "distances",
+    "factors",
+    "lanes",
+    "mapped",
+    "native",
+    "prepare",
+    "query_scale",
+]
 
 L2, COSINE, INNER = 0, 1, 2
 _NAMES = {
@@ -98,10 +111,26 @@ def prepare(
     return out, (norms**2 + extra**2 + largest**2).astype(np.float32), extra.astype(np.float32)
 
 
+def query_scale(queries: NDArray[Any], metric: int, largest: float) -> NDArray[np.float32] | None:
+    """Powers of two (n, 1) that bring inner-product queries (n, d) near the norm ``largest`` of the mapped rows; None
+    for the other metrics.
+
+    The order of products does not depend on a query's length, but the walk and the pruning rule see squared distances,
+    in which a short query has none: every row is |M| away. A power of two changes no bit of a product.
+    """
+    if metric != INNER or not largest > 0:
+        return None
+    norms = _norms(np.asarray(queries, np.float32))
+    powers = np.zeros(len(norms))
+    some = norms > 0
+    powers[some] = np.rint(np.log2(largest / norms[some]))
+    return np.exp2(np.clip(powers, -100.0, 100.0)).astype(np.float32)[:, None]
+
+
 def distances(values: NDArray[np.float32], metric: int) -> NDArray[np.float32]:
     """What a user sees: L2 distance, 1 - cosine, or minus the inner product; inf stays."""
     if metric == L2:
-        return np.sqrt(np.maximum(values, 0.0))
+        return np.sqrt(values)  # sums of squares: never below zero
     return values * np.float32(0.5) if metric == COSINE else values
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,19 @@ from hasten.retrieve.index.exact import score_rows, within
 from hasten.retrieve.index.format import HEAD_BIT, SLOT_BITS, Generation, bytes_of_list
 from hasten.retrieve.index.hit import SearchOptions, SearchStats
 from hasten.retrieve.index.io import PAGE, Read, Reader, merge_reads
-from hasten.retrieve.index.metric import COSINE, L2, prepare
+from hasten.retrieve.index.metric import COSINE, INNER, L2, prepare, query_scale
 from hasten.retrieve.index.plan import CHECKED, KEPT
 from hasten.retrieve.index.plan import plan as plan_one
 from hasten.retrieve.index.plan import scratch as new_scratch
 
-__all__ = ["MappedReader", "View", "plan", "row_addresses", "run", "run_rows", "run_within"]
+__all__ = ["NO_MASK", "MappedReader", "View", "plan", "row_addresses", "run", "run_rows", "run_within"]
 
 
+NO_MASK = np.zeros(0, np.uint8)
+"""every row passes"""
 _NONE = np.zeros(0, np.int32)
+_COMPLETE = np.ones(4096, np.bool_)
+_COMPLETE.setflags(write=False)  # the flags of a search that nothing cuts short
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,15 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, int], list[Any]] = {}
+        self._asked: tuple[Any, ...] = (None, None, None, (), ())
+
+    def asked(self, view: View, options: SearchOptions, *, filtered: bool) -> tuple[Any, ...]:
+        """(what the kernel takes of the view, :func:`knobs_of`), kept while the same is asked again."""
+        seen = self._asked
+        if seen[0] is not view or seen[1] is not options or seen[2] != filtered:
+            state = (view.generation.metric, view.heads, view.lists, view.delta, view.dead)
+            seen = self._asked = (view, options, filtered, state, knobs_of(view, options, filtered=filtered))
+        return seen[3:]
 
     def take(self, generation: Generation, beam: int) -> Any:
         """One for the heads of a generation and this beam."""
@@ -109,6 +123,7 @@ class Scratch:
     def clear(self) -> None:
         """Forget all, such as after the number of heads has changed."""
         self._free = {}
+        self._asked = (None, None, None, (), ())
 
 
 def knobs_of(view: View, options: SearchOptions, *, filtered: bool) -> tuple[int, float, float, int, int, int]:
@@ -130,9 +145,10 @@ def check_queries(queries: Any, width: int) -> NDArray[Any]:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != width:
         raise InvalidRequestError(f"queries have the shape {array.shape}; this index takes (count, {width})", "queries")
-    if array.dtype.kind not in "fiu":
+    kind = array.dtype.kind
+    if kind not in "fiu":
         raise InvalidRequestError(f"queries are {array.dtype}; give numbers", "queries")
-    if array.dtype.kind == "f" and not np.isfinite(array.sum()) and not np.isfinite(array).all():
+    if kind == "f" and not isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array).all(1))[0])
         raise InvalidRequestError(f"query {bad} holds NaN or infinity; replace its values", "queries")
     return array
@@ -153,49 +169,42 @@ def run(
     """Values and row numbers (Q, k), straight from the map."""
     g = view.generation
     count = len(queries)
-    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
-    values = np.empty((count, k), np.float32)
-    rows = np.empty((count, k), np.int64)
-    told = np.zeros((count, 5), np.int64)
-    filtered = len(mask) > 0
-    knobs = knobs_of(view, options, filtered=filtered)
-    heads, beam = len(g.counts), knobs[3]
-
-    def part(begin: int, end: int) -> None:
-        own = scratch.take(g, beam)
-        scan.search(
-            prepared[begin:end],
-            consts[begin:end],
-            g.metric,
-            view.heads,
-            view.lists,
-            view.delta,
-            view.dead,
-            mask,
-            knobs,
-            options.filtered_lists,
-            k,
-            own,
-            values[begin:end],
-            rows[begin:end],
-            told[begin:end],
-            detail,
-        )
-        scratch.give(heads, beam, own)
-
+    scale = query_scale(queries, g.metric, g.manifest.largest) if g.metric == INNER else None
+    prepared, consts, _ = prepare(queries if scale is None else queries * scale, g.metric, g.manifest.largest)
+    values, rows = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+    told = np.zeros((count, 4), np.int64)
+    state, knobs = scratch.asked(view, options, filtered=len(mask) > 0)
+    heads, beam, limit = len(g.counts), knobs[3], options.filtered_lists
     if threads <= 1 or count < 2 or pool is None:
-        part(0, count)
+        own = scratch.take(g, beam)
+        scan.search(prepared, consts, *state, mask, knobs, limit, k, own, values, rows, told, detail)
+        scratch.give(heads, beam, own)
     else:
-        cuts = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int)
+
+        def part(begin: int, end: int) -> None:
+            own = scratch.take(g, beam)
+            cut = slice(begin, end)
+            out = (values[cut], rows[cut], told[cut])
+            scan.search(prepared[cut], consts[cut], *state, mask, knobs, limit, k, own, *out, detail)
+            scratch.give(heads, beam, own)
+
+        cuts = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int).tolist()
         list(pool.map(part, cuts[:-1], cuts[1:]))
-    stats = SearchStats(
-        told[:, scan.LISTS],
-        told[:, scan.RUNS],
-        told[:, scan.PAGES] * PAGE,
-        told[:, scan.CHECKS] + told[:, scan.CANDIDATES],
-        np.ones(count, np.bool_),
-    )
-    return values, rows, stats
+    if options.lists is None and detail:
+        told[:, scan.READS], told[:, scan.BYTES] = _reads_of_all(g)
+    complete = _COMPLETE[:count] if count <= len(_COMPLETE) else np.ones(count, np.bool_)
+    stats = SearchStats(told[:, 0], told[:, 1], told[:, 2], told[:, 3], complete)
+    return values if scale is None else values / scale, rows, stats
+
+
+def _reads_of_all(g: Generation) -> tuple[int, int]:
+    """(contiguous reads, bytes of the pages) of a search that reads every list."""
+    filled = g.counts > 0
+    size = -(-bytes_of_list(g.counts[filled].astype(np.int64), g.row_bytes, g.metric) // PAGE) * PAGE
+    begin = g.addresses[filled]
+    order = np.argsort(begin)
+    apart = begin[order][1:] - (begin + size)[order][:-1] > PAGE
+    return int(np.count_nonzero(apart)) + int(len(size) > 0), int(size.sum())
 
 
 def plan(
@@ -221,91 +230,80 @@ def run_read(
     """The same through a reader: each read is scored while the others are under way; ``deadline`` seconds per query."""
     g = view.generation
     count = len(queries)
-    prepared, consts, _ = prepare(queries, g.metric, g.manifest.largest)
+    scale = query_scale(queries, g.metric, g.manifest.largest)
+    prepared, consts, _ = prepare(queries if scale is None else queries * scale, g.metric, g.manifest.largest)
     values = np.full((count, k), np.inf, np.float32)
     rows = np.full((count, k), -1, np.int64)
-    cost = np.zeros((count, 4), np.int64)
+    told = np.zeros((count, 4), np.int64)
     complete = np.ones(count, np.bool_)
-    filtered = len(mask) > 0
-    knobs = knobs_of(view, options, filtered=filtered)
-    wanted = options.lists
-    if filtered and wanted is not None:
-        knobs = (max(wanted, options.filtered_lists), *knobs[1:])
-    everything = wanted is None
-    if everything:  # the walk is skipped: all lists
-        knobs = (len(g.counts), 1e30, 0.0, 1, 1, 0)
+    knobs = knobs_of(view, options, filtered=len(mask) > 0)
+    everything = options.lists is None
+    if not everything and len(mask):
+        knobs = (max(knobs[0], options.filtered_lists), *knobs[1:])
+    filled = np.flatnonzero(g.counts > 0)
+    no_lists = (g.addresses, np.zeros_like(g.counts), g.radii, 0)  # then a search scores heads and rows in memory
     own = scratch.take(g, knobs[3])
     for q in range(count):
         until = None if deadline is None else clock.now() + deadline
-        if everything:
-            scan.search(
-                prepared[q : q + 1],
-                consts[q : q + 1],
-                g.metric,
-                view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii, 0),
-                view.delta,
-                view.dead,
-                mask,
-                (-1, 0.0, 0.0, 1, 1, 0),
-                0,
-                k,
-                own,
-                values[q : q + 1],
-                rows[q : q + 1],
-                np.zeros((1, 5), np.int64),
-                False,
-            )
-            chosen = np.flatnonzero(g.counts > 0)
-            checks = len(g.counts)
-        else:  # heads and the rows in memory, no list
-            scan.search(
-                prepared[q : q + 1],
-                consts[q : q + 1],
-                g.metric,
-                view.heads,
-                (g.addresses, np.zeros_like(g.counts), g.radii, 0),
-                view.delta,
-                view.dead,
-                mask,
-                knobs,
-                knobs[0],
-                k,
-                own,
-                values[q : q + 1],
-                rows[q : q + 1],
-                np.zeros((1, 5), np.int64),
-                False,
-            )
-            chosen, checks = plan(view, prepared[q : q + 1], consts[q : q + 1], knobs, own)
-        found = int(np.count_nonzero(rows[q] >= 0))
-        entry = g.directory[chosen]
-        sizes = bytes_of_list(entry["count"].astype(np.int64), g.row_bytes, g.metric)  # without the codes
-        reads = merge_reads(entry["segment"], entry["offset"], sizes)
-        missing = len(reads)
-        for read, data in reader.fetch(reads, clock, until):
-            missing -= 1
-            parts = np.array(read.parts)
-            addresses = data.ctypes.data + entry["offset"][parts].astype(np.int64) - read.offset
-            found = scan_lists(
-                g.heads,
-                g.metric,
-                prepared[q].ctypes.data,
-                consts[q],
-                addresses,
-                g.counts[chosen[parts]],
-                values[q],
-                rows[q],
-                found,
-                k,
-                view.dead,
-                mask,
-            )
-            cost[q] += (len(parts), 1, read.size, int(entry["count"][parts].sum()))
-        cost[q, 3] += checks
-        complete[q] = missing == 0
+        one = slice(q, q + 1)
+        scan.search(
+            prepared[one],
+            consts[one],
+            g.metric,
+            view.heads,
+            no_lists,
+            view.delta,
+            view.dead,
+            mask,
+            knobs,
+            0 if everything else knobs[0],
+            k,
+            own,
+            values[one],
+            rows[one],
+            np.zeros((1, 4), np.int64),
+            False,
+        )
+        chosen, checks = (filled, len(g.counts)) if everything else plan(view, prepared[one], consts[one], knobs, own)
+        told[q, scan.DISTANCES] = checks
+        query = (prepared[q].ctypes.data, consts[q])
+        complete[q] = _score_reads(view, query, chosen, k, mask, reader, clock, until, values[q], rows[q], told[q])
     scratch.give(len(g.counts), knobs[3], own)
-    return values, rows, SearchStats(cost[:, 0], cost[:, 1], cost[:, 2], cost[:, 3], complete)
+    if scale is not None:
+        values /= scale
+    return values, rows, SearchStats(told[:, 0], told[:, 1], told[:, 2], told[:, 3], complete)
+
+
+def _score_reads(
+    view: View,
+    query: tuple[int, Any],
+    chosen: NDArray[np.int64],
+    k: int,
+    mask: NDArray[np.uint8],
+    reader: Reader,
+    clock: Clock,
+    until: float | None,
+    values: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    told: NDArray[np.int64],
+) -> bool:
+    """Read the lists ``chosen`` for one query (address, constant) and offer their rows to its answer (k,) as they
+    arrive, until the time ``until``; counts into ``told`` (4,) and returns whether all came.
+    """
+    g = view.generation
+    entry = g.directory[chosen]
+    sizes = bytes_of_list(entry["count"].astype(np.int64), g.row_bytes, g.metric)  # without the codes
+    reads = merge_reads(entry["segment"], entry["offset"], sizes)
+    found = int(np.count_nonzero(rows >= 0))
+    missing = len(reads)
+    for read, data in reader.fetch(reads, clock, until):
+        missing -= 1
+        parts = np.array(read.parts)
+        addresses = data.ctypes.data + entry["offset"][parts].astype(np.int64) - read.offset
+        counts = g.counts[chosen[parts]]
+        found = scan_lists(g.heads, g.metric, *query, addresses, counts, values, rows, found, k, view.dead, mask)
+        told += (len(parts), 1, read.size, int(entry["count"][parts].sum()))
+    return missing == 0
 
 
 def row_addresses(view: View, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,16 +16,16 @@ from hasten.retrieve.index.codes import score_picks, sift_list, span_of_codes, t
 from hasten.retrieve.index.exact import scan_all
 from hasten.retrieve.index.kernel import hot
 from hasten.retrieve.index.offer import offer, row_value
-from hasten.retrieve.index.plan import CHECKED, KEPT, SIZE, WHOLE, fetch_heads, find, mapped_value, runs, settle
+from hasten.retrieve.index.plan import CHECKED, KEPT, PAGE, SIZE, WHOLE, fetch_heads, find, mapped_value, runs, settle
 from hasten.retrieve.index.simd import address_of, prefetch
 from hasten.retrieve.index.walk import LANES
 
-__all__ = ["CANDIDATES", "CHECKS", "LISTS", "PAGES", "RUNS", "search"]
+__all__ = ["BYTES", "DISTANCES", "LISTS", "READS", "search"]
 
 FIRST = 4096
 """bytes that are asked for of a list without codes"""
-LISTS, PAGES, RUNS, CHECKS, CANDIDATES = range(5)
-"""columns of the statistics: lists kept, pages they fill, contiguous reads, head distances, rows looked at"""
+LISTS, READS, BYTES, DISTANCES = range(4)
+"""columns of the statistics: lists read, contiguous reads, bytes of their pages, distances to heads and rows"""
 
 
 @hot
@@ -241,7 +241,7 @@ def _search_everything(queries, consts, metric, head_state, lists, delta, dead, 
         query = address_of(queries[q])
         total = scan_all(metric, query, consts[q], head_state, lists, delta, out_d[q], out_r[q], k, dead, mask)
         count = head_state[0].shape[0]
-        stats[q, LISTS], stats[q, CHECKS], stats[q, CANDIDATES] = count, count, total
+        stats[q, LISTS], stats[q, DISTANCES] = count, count + total
 
 
 @hot
@@ -266,8 +266,8 @@ def search(
     """Search a batch: queries (count, lanes) float32 -> values ``out_d`` and rows ``out_r`` (count, k), ascending.
 
     ``lists`` is (addresses, counts, radii, whether they have codes). A negative number of lists scores everything.
-    ``filtered`` lists are read at most under a ``mask``. ``stats`` (count, 5) int64.
-    ``detail`` also counts pages and reads. Slots without an answer hold inf and -1.
+    ``filtered`` lists are read at most under a ``mask``. ``stats`` (count, 4) int64, zeros.
+    ``detail`` also counts reads and bytes. Slots without an answer hold inf and -1.
     """
     heads = head_state[0]
     row_bytes = heads.shape[1] * heads.itemsize
@@ -343,6 +343,7 @@ def search(
             if delta[3].shape[0] > 0:
                 for t in range(min(size, max(limit, 1))):
                     found = scan_delta(metric, query, const, pool_i[t], delta, best_d, best_r, found, k, mask)
-        stats[q, LISTS], stats[q, CHECKS], stats[q, CANDIDATES] = read, notes[slot, CHECKED], candidates
+        stats[q, LISTS], stats[q, DISTANCES] = read, notes[slot, CHECKED] + candidates
         if detail:
-            stats[q, PAGES], stats[q, RUNS] = runs(lists, metric, row_bytes, pool_i, orders[slot], read, scratch[7])
+            pages, stats[q, READS] = runs(lists, metric, row_bytes, pool_i, orders[slot], read, scratch[7])
+            stats[q, BYTES] = pages * PAGE

@@ -9,6 +9,7 @@ needs Ray otherwise.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,18 +23,23 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.errors import ConfigurationError, DataError, MissingExtraError
+from hasten.errors import ConfigurationError, DataError, InvalidRequestError, MissingExtraError
 from hasten.retrieve.index.build import BuildOptions, build
 from hasten.retrieve.index.cluster import cluster, workspace
+from hasten.retrieve.index.format import put
 from hasten.retrieve.index.hit import SearchOptions
+from hasten.retrieve.index.inputs import check_ids
 from hasten.retrieve.index.io import DiskFolder
-from hasten.retrieve.index.metric import check_rows, code_of, mapped
-from hasten.retrieve.index.sources import open_source
+from hasten.retrieve.index.metric import INNER, check_rows, code_of, mapped, query_scale
+from hasten.retrieve.index.query import check_queries
+from hasten.retrieve.index.sources import Source, open_source
 from hasten.retrieve.index.spann import Spann
 
 __all__ = ["Machine", "ShardHit", "Shards", "pack"]
 
 PLAN = "SHARDS.json"
+BLOCK = 1 << 15
+"""rows that are cut into parts at a time"""
 
 
 @dataclass(frozen=True)
@@ -184,13 +190,15 @@ class Shards:
             raise DataError(f"{str(place)!r} holds no shards ({error}); build them first") from error
         self._centres = np.load(place / "centres.npy")
         self.metric = code_of(plan["metric"])
+        self._width = self._centres.shape[1] - (self.metric == INNER)
         self._largest = float(plan["largest"])
         self.rows: list[int] = plan["rows"]
         """rows of each part, those on borders in several"""
         self.total: int = plan["total"]
         """rows of the collection"""
         self.machine_of: list[int] = plan["machine_of"]
-        """machine of each part"""
+        """machine of each part in the plan; what runs here stays as it was opened"""
+        self._owner = np.array(self.machine_of)
         self.machines = max(self.machine_of) + 1
         """how many machines there are"""
         self.load = np.zeros(len(self.rows))
@@ -213,11 +221,13 @@ class Shards:
         copies: int = 2,
         balanced: bool = True,
         ids: Any = None,
+        column: str | None = None,
         options: BuildOptions | None = None,
         transport: Transport | None = None,
     ) -> Shards:
         """Cut, build every part, pack, open.
 
+        ``vectors``, ``ids`` and ``column`` as :meth:`~hasten.retrieve.index.spann.Spann.build` takes them.
         ``overlap``: a row also goes to a part whose centre is at most (1 + overlap) times as far as the nearest, in a
         different direction (RNG rule), up to ``copies`` parts. ``balanced`` False cuts at random, as a baseline that
         no dispatch can prune.
@@ -225,78 +235,29 @@ class Shards:
         target = Path(path)
         if target.exists() and any(target.iterdir()):
             raise DataError(f"{str(target)!r} exists already; choose another path, or delete it first")
-        options = options or BuildOptions()
-        source = open_source(vectors)
-        n, metric = len(source), code_of(options.metric)
-        count = machines * parts_per_machine
-        if n < 4 * count:
-            raise ConfigurationError(f"{n} rows are too few for {count} parts; use fewer machines")
-        block = 1 << 15
-        largest = max(check_rows(source.block(b, min(b + block, n)), metric, b) for b in range(0, n, block))
-        rng = np.random.default_rng(options.seed)
-        names = np.asarray(ids, np.int64) if ids is not None else np.arange(n)
-        sample = mapped(source.take(np.sort(rng.choice(n, min(n, 20_000), replace=False))), metric, largest)
-        centres = np.empty((count, sample.shape[1]), np.float32)
-        cluster(
-            sample,
-            np.arange(len(sample)),
-            0,
-            len(sample),
-            count,
-            1.0,
-            True,
-            np.array([options.seed + 17], np.uint64),
-            centres,
-            workspace(count, sample.shape[1], len(sample)),
-        )
-        members: list[list[NDArray[np.int64]]] = [[] for _ in range(count)]
-        for begin in range(0, n, block):
-            rows = mapped(source.block(begin, min(begin + block, n)), metric, largest)
-            numbers = np.arange(begin, begin + len(rows))
-            if balanced:
-                for part, chosen in enumerate(_borders(rows, centres, overlap, copies).T):
-                    members[part].append(numbers[chosen])
-            else:
-                label = rng.integers(0, count, len(rows))
-                for part in range(count):
-                    members[part].append(numbers[label == part])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        source = open_source(vectors, column=column)
         try:
-            sizes = []
-            for part, pieces in enumerate(members):
-                own = np.concatenate(pieces)
-                if not len(own):
-                    own = np.array([int(rng.integers(n))])
-                build(source.take(own), partial / f"part-{part:05d}", options, ids=names[own])
-                sizes.append(len(own))
-            np.save(partial / "centres.npy", centres if balanced else np.zeros_like(centres))
-            plan = {
-                "metric": options.metric,
-                "largest": largest,
-                "rows": sizes,
-                "total": n,
-                "machine_of": pack(sizes, machines),
-            }
-            (partial / PLAN).write_text(json.dumps(plan))
-            os.chmod(partial, 0o755)
-            if target.exists():
-                target.rmdir()
-            os.rename(partial, target)
-            DiskFolder(target.parent).sync()
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            _build_parts(
+                source, target, options or BuildOptions(), machines, parts_per_machine, overlap, copies, balanced, ids
+            )
+        finally:
+            source.close()
         return cls(target, transport)
 
     def search(
         self, queries: Any, k: int = 10, *, epsilon: float = 0.1, options: SearchOptions | None = None
     ) -> ShardHit:
-        """Ask the parts near each query; ``epsilon`` is the pruning of the dispatch, inf asks all."""
-        array = np.atleast_2d(np.asarray(queries))
+        """Ask the parts near each query; ``epsilon`` is the pruning of the dispatch, inf asks all.
+
+        ``queries`` (Q, d) or (d,). A machine that does not answer is named in ``lost``, and every query that needed it
+        is not ``complete``. Raises InvalidRequestError.
+        """
+        array = check_queries(queries, self._width)
+        if k < 1:
+            raise InvalidRequestError(f"k is {k}; ask for at least 1", "k")
         near = self._near(array, epsilon)
         self.load += near.sum(0)
-        owner = np.array(self.machine_of)
+        owner = self._owner
         waits = []
         for machine in range(self.machines):
             jobs = {}
@@ -313,6 +274,8 @@ class Shards:
         for machine, jobs, wait in waits:
             try:
                 answers = wait()
+            except InvalidRequestError:
+                raise
             except Exception:  # whatever took the machine away: the answer says that it is missing
                 lost.append(machine)
                 for _, asked in jobs.values():
@@ -321,7 +284,7 @@ class Shards:
             for numbers, distance, found in answers:
                 values[numbers], ids[numbers] = _merge(values[numbers], ids[numbers], distance, found, k)
         touched = np.zeros((len(array), self.machines), np.bool_)
-        for place, machine in enumerate(self.machine_of):
+        for place, machine in enumerate(owner):
             touched[:, machine] |= near[:, place]
         return ShardHit(values, ids, near.sum(1), touched.sum(1), complete, tuple(lost))
 
@@ -338,8 +301,9 @@ class Shards:
 
     def _near(self, queries: NDArray[Any], epsilon: float) -> NDArray[np.bool_]:
         """Which parts each query goes to (Q, parts)."""
-        rows = mapped(queries, self.metric, self._largest)
-        if self.metric == 2:  # a query has no extra coordinate
+        scale = query_scale(queries, self.metric, self._largest)
+        rows = mapped(queries if scale is None else queries * scale, self.metric, self._largest)
+        if self.metric == INNER:  # a query has no extra coordinate
             rows[:, -1] = 0
         distance = np.sqrt(
             np.maximum((rows**2).sum(1)[:, None] + (self._centres**2).sum(1) - 2 * rows @ self._centres.T, 0)
@@ -347,8 +311,8 @@ class Shards:
         return np.asarray(distance <= (1 + epsilon) * distance.min(1, keepdims=True) + 1e-6)
 
     def rebalance(self, loads: Sequence[float] | None = None) -> list[int]:
-        """Pack the parts anew by the load that they have had, and write the plan; open again to use it. Returns the
-        machines.
+        """Pack the parts anew by the load that they have had, and write the plan; open again to use it (until then
+        searches ask the machines that hold the parts now). Returns the machine of each part.
         """
         observed = self.load if loads is None else np.asarray(loads, float)
         if len(observed) != len(self.rows):
@@ -368,6 +332,84 @@ class Shards:
     def close(self) -> None:
         """Close all machines."""
         self._transport.close()
+
+
+def _build_parts(
+    source: Source,
+    target: Path,
+    options: BuildOptions,
+    machines: int,
+    parts_per_machine: int,
+    overlap: float,
+    copies: int,
+    balanced: bool,
+    ids: Any,
+) -> None:
+    """Cut the rows, build an index of each part, and write the plan; the directory appears whole or not at all."""
+    n, metric, count = len(source), code_of(options.metric), machines * parts_per_machine
+    if n < 4 * count:
+        raise ConfigurationError(f"{n} rows are too few for {count} parts; use fewer machines")
+    names = check_ids(ids, n)
+    largest = max(check_rows(source.block(b, min(b + BLOCK, n)), metric, b) for b in range(0, n, BLOCK))
+    rng = np.random.default_rng(options.seed)
+    centres, members = _cut(source, metric, largest, count, overlap, copies, balanced, rng, options.seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        sizes = []
+        for part, own in enumerate(members):
+            if not len(own):
+                own = np.array([int(rng.integers(n))])
+            build(source.take(own), partial / f"part-{part:05d}", options, ids=own if names is None else names[own])
+            sizes.append(len(own))
+        stored = io.BytesIO()
+        np.save(stored, centres if balanced else np.zeros_like(centres))
+        put(DiskFolder(partial), "centres.npy", stored.getbuffer())
+        plan = {
+            "metric": options.metric,
+            "largest": largest,
+            "rows": sizes,
+            "total": n,
+            "machine_of": pack(sizes, machines),
+        }
+        put(DiskFolder(partial), PLAN, json.dumps(plan).encode())
+        os.chmod(partial, 0o755)
+        if target.exists():
+            target.rmdir()
+        os.rename(partial, target)
+        DiskFolder(target.parent).sync()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _cut(
+    source: Source,
+    metric: int,
+    largest: float,
+    count: int,
+    overlap: float,
+    copies: int,
+    balanced: bool,
+    rng: np.random.Generator,
+    seed: int,
+) -> tuple[NDArray[np.float32], list[NDArray[np.int64]]]:
+    """Centres of ``count`` parts (count, width of the mapped space) and the rows of each; a part may be empty."""
+    n = len(source)
+    sample = mapped(source.take(np.sort(rng.choice(n, min(n, 20_000), replace=False))), metric, largest)
+    centres = np.empty((count, sample.shape[1]), np.float32)
+    work = workspace(count, sample.shape[1], len(sample))
+    state = np.array([seed + 17], np.uint64)
+    cluster(sample, np.arange(len(sample)), 0, len(sample), count, 1.0, True, state, centres, work)
+    members: list[list[NDArray[np.int64]]] = [[] for _ in range(count)]
+    for begin in range(0, n, BLOCK):
+        rows = mapped(source.block(begin, min(begin + BLOCK, n)), metric, largest)
+        numbers = np.arange(begin, begin + len(rows))
+        label = None if balanced else rng.integers(0, count, len(rows))
+        inside = _borders(rows, centres, overlap, copies).T if label is None else label == np.arange(count)[:, None]
+        for part in range(count):
+            members[part].append(numbers[inside[part]])
+    return centres, [np.concatenate(pieces) for pieces in members]
 
 
 def _borders(rows: NDArray[np.float32], centres: NDArray[np.float32], overlap: float, copies: int) -> NDArray[np.bool_]:

@@ -26,7 +26,7 @@ from hasten.retrieve.index.filter import bitmap
 from hasten.retrieve.index.hit import Hit, RangeHit, SearchOptions
 from hasten.retrieve.index.io import DiskFolder
 from hasten.retrieve.index.metric import distances
-from hasten.retrieve.index.query import check_queries, run, run_read, run_rows, run_within
+from hasten.retrieve.index.query import NO_MASK, check_queries, run, run_read, run_rows, run_within
 
 if TYPE_CHECKING:
     from hasten.retrieve.index.cost_model import Cost
@@ -129,7 +129,8 @@ class Spann(Changes):
         ``detail`` also counts pages and merged reads. Raises InvalidRequestError.
         """
         view, delta, reader = self._state
-        view.generation.check()
+        plain = where is None and deadline is None and self._io == "mmap"
+        (view.generation.check_searched if plain else view.generation.check)()
         knobs = options or self.options
         if lists != "default" or epsilon is not None or beam is not None:
             changes: dict[str, Any] = {} if lists == "default" else {"lists": lists}
@@ -151,7 +152,7 @@ class Spann(Changes):
         if chosen is not None and int(chosen.sum()) <= BRUTE_ROWS and deadline is None:
             values, rows, stats = run_rows(view, array, k, np.flatnonzero(chosen))
         else:
-            mask = bitmap(chosen) if chosen is not None else np.zeros(0, np.uint8)
+            mask = bitmap(chosen) if chosen is not None else NO_MASK
             if chosen is not None and knobs.lists:  # as many survivors as a search without a filter scores
                 wanted = int(np.ceil(knobs.lists * len(chosen) / max(1, int(chosen.sum()))))
                 knobs = replace(knobs, filtered_lists=min(knobs.filtered_lists, wanted))
@@ -176,7 +177,7 @@ class Spann(Changes):
         with self._write:
             view, delta, _ = self._state
             view.generation.check()
-            mask = bitmap(self._chosen(where, view, delta)) if where is not None else np.zeros(0, np.uint8)
+            mask = bitmap(self._chosen(where, view, delta)) if where is not None else NO_MASK
         total = view.generation.manifest.rows + len(delta.alive)
         counts, values, rows, lists = run_within(view, array, radius, mask, total)
         joined = np.concatenate(values) if values else np.zeros(0, np.float32)

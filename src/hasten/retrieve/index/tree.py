@@ -163,6 +163,51 @@ def best_factor(sample: NDArray[np.float32], k: int, seed: int) -> float:
 Take = Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
+def _split_streamed(
+    rows: NDArray[np.int64],
+    take: Take,
+    k: int,
+    factor: float,
+    balanced: bool,
+    rng: np.random.Generator,
+    buffer_rows: int,
+    threads: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Split one node of ``rows`` (m,), ascending, by centres of a sample: the part of each row (m,) and the row that
+    stands for each part. The rows pass in blocks, several threads at a time.
+    """
+    size = len(rows)
+    chosen = rows if size <= 20 * SAMPLE else np.sort(rng.choice(rows, 20 * SAMPLE, replace=False))
+    sample = take(chosen)
+    centres = np.empty((k, sample.shape[1]), np.float32)
+    state = np.array([rng.integers(1, 1 << 62)], np.uint64)
+    local = np.arange(len(sample))
+    work = workspace(k, sample.shape[1], len(sample))
+    cluster(sample, local, 0, len(sample), k, factor, balanced, state, centres, work)
+    which = assign_all(sample, local, 0, len(sample), centres, k, np.empty(len(sample), np.int32))
+    which = np.unique(which[which >= 0])
+    centres = np.ascontiguousarray(sample[which])
+    snapped = chosen[which]
+    labels = np.empty(size, np.int32)
+    block = max(1, min(buffer_rows, 1 << 16))
+
+    def assign(low: int) -> None:
+        part = take(rows[low : low + block])
+        assign_all(part, np.arange(len(part)), 0, len(part), centres, len(centres), labels[low : low + block])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(assign, range(0, size, block)))
+    counts = np.bincount(labels, minlength=len(centres))
+    if np.count_nonzero(counts) < 2:  # all rows are equal: equal chunks
+        labels = (np.arange(size) * k // size).astype(np.int32)
+        counts = np.bincount(labels, minlength=k)
+        snapped = rows[np.minimum(-(-np.arange(k) * size // k), size - 1)]
+    astray = labels[np.searchsorted(rows, snapped)] != np.arange(len(snapped))  # a tie went to another cluster
+    for lone in np.flatnonzero(astray & (counts > 0)).tolist():
+        snapped[lone] = rows[np.argmax(labels == lone)]
+    return labels, snapped
+
+
 def split_rows(
     n: int,
     take: Take,
@@ -193,62 +238,18 @@ def split_rows(
     while at < len(nodes):
         begin, end, _, _ = nodes[at]
         size = end - begin
-        if size <= leaf:
-            at += 1
-            continue
-        if size <= min(buffer_rows, max(least, 4096)) or depths[at] >= MAX_DEPTH:
+        if leaf < size <= min(buffer_rows, max(least, 4096)) or (size > leaf and depths[at] >= MAX_DEPTH):
             pending.append((at, depths[at]))
-            at += 1
-            continue
-        rows = np.sort(order[begin:end]).astype(np.int64)
-        chosen = rows if size <= 20 * SAMPLE else np.sort(rng.choice(rows, 20 * SAMPLE, replace=False))
-        sample = take(chosen)
-        centres = np.empty((k, sample.shape[1]), np.float32)
-        state = np.array([rng.integers(1, 1 << 62)], np.uint64)
-        local = np.arange(len(sample))
-        cluster(
-            sample,
-            local,
-            0,
-            len(sample),
-            k,
-            factor,
-            balanced,
-            state,
-            centres,
-            workspace(k, sample.shape[1], len(sample)),
-        )
-        which = assign_all(sample, local, 0, len(sample), centres, k, np.empty(len(sample), np.int32))
-        which = np.unique(which[which >= 0])
-        centres = np.ascontiguousarray(sample[which])
-        snapped = chosen[which]
-        labels = np.empty(size, np.int32)
-        block = max(1, min(buffer_rows, 1 << 16))
-        cuts = range(0, size, block)
-
-        def assign(
-            low: int, rows: Any = rows, centres: Any = centres, labels: Any = labels, block: int = block
-        ) -> None:
-            part = take(rows[low : low + block])
-            assign_all(part, np.arange(len(part)), 0, len(part), centres, len(centres), labels[low : low + block])
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(assign, cuts))
-        counts = np.bincount(labels, minlength=len(centres))
-        if np.count_nonzero(counts) < 2:
-            labels = (np.arange(size) * k // size).astype(np.int32)
-            counts = np.bincount(labels, minlength=k)
-            snapped = rows[np.minimum(-(-np.arange(k) * size // k), size - 1)]
-        astray = labels[np.searchsorted(rows, snapped)] != np.arange(len(snapped))  # a tie went to another cluster
-        for lone in np.flatnonzero(astray & (counts > 0)).tolist():
-            snapped[lone] = rows[np.argmax(labels == lone)]
-        order[begin:end] = rows[np.argsort(labels, kind="stable")]
-        start = begin
-        for j, count in enumerate(counts):
-            if count:
-                nodes.append((start, start + int(count), int(snapped[j]), at))
-                depths.append(depths[at] + 1)
-                start += int(count)
+        elif size > leaf:
+            rows = np.sort(order[begin:end]).astype(np.int64)
+            labels, snapped = _split_streamed(rows, take, k, factor, balanced, rng, buffer_rows, threads)
+            order[begin:end] = rows[np.argsort(labels, kind="stable")]
+            start = begin
+            for j, count in enumerate(np.bincount(labels, minlength=len(snapped)).tolist()):
+                if count:
+                    nodes.append((start, start + count, int(snapped[j]), at))
+                    depths.append(depths[at] + 1)
+                    start += count
         at += 1
 
     def subtree(job: tuple[int, int]) -> tuple[int, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hasten.errors import DataError
-from hasten.measure.files import write_text
+from hasten.files import write_bytes, write_text
 from hasten.testing.files import FullDisk
 
 
@@ -27,12 +27,12 @@ def test_a_real_file_size_limit(tmp_path: Path) -> None:
     """The same through the operating system: RLIMIT_FSIZE in a child process."""
     program = (
         "import resource, sys; sys.path.insert(0, sys.argv[2]);"
-        "from hasten.measure.files import write_text; from hasten.errors import DataError;"
+        "from hasten.files import write_text; from hasten.errors import DataError;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));\n"
         "try: write_text(sys.argv[1], 'x' * 100000)\n"
         "except DataError as e: print(e); sys.exit(7)"
     )
-    source = Path(__file__).parents[2] / "src"
+    source = Path(__file__).parents[1] / "src"
     ran = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "out"), str(source)], capture_output=True, text=True, check=False
     )
@@ -55,3 +55,12 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="was not written"):
         write_text(tmp_path / "file" / "inside", "x")
+
+
+def test_pieces_of_bytes_follow_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.bin"
+    assert write_bytes(path, b"ab", b"", b"cde") == 5
+    assert path.read_bytes() == b"abcde"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask

@@ -1,0 +1,62 @@
+"""Checks of what a user gives: weights and examples that are numbers, and examples that fit the model.
+
+Each error is one line that names the layer or the example and what to do about it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hasten.errors import ConfigurationError, DataError, HastenError
+from hasten.measure.counting import call
+
+__all__ = ["finite_parameters", "finite_weight", "run_example"]
+
+
+def finite_weight(path: str, weight: Tensor) -> None:
+    """Raises :class:`~hasten.errors.ConfigurationError` for a layer's weight with NaN or infinity.
+
+    >>> finite_weight("0", torch.tensor([float("nan")]))
+    Traceback (most recent call last):
+    ...
+    hasten.errors.ConfigurationError: layer '0': its weight holds NaN or infinity; repair it or add it to skip=
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigurationError(f"layer {path!r}: its weight holds NaN or infinity; repair it or add it to skip=")
+
+
+def finite_parameters(model: nn.Module, purpose: str) -> None:
+    """As :func:`finite_weight` for every parameter; ``purpose`` such as ``tuned`` ends the sentence."""
+    for path, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+            raise ConfigurationError(f"{path} holds NaN or infinity; repair the model before it is {purpose}")
+
+
+def run_example(model: nn.Module, example: Any, index: int | None = None) -> Any:
+    """One forward pass in the modes that are set, ``index`` being the example's.
+
+    Raises :class:`~hasten.errors.DataError` where the example holds NaN or infinity, or the model does not take it.
+    """
+    which = "a calibration input" if index is None else f"calibration input {index}"
+    for leaf in pytree.tree_leaves(example):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise DataError(f"{which} holds NaN or infinity; remove or repair it")
+    try:
+        return call(model, example)
+    except HastenError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{which} of shape {_shapes(example)} does not fit the model ({first}); give inputs as "
+            "the model is called with"
+        ) from error
+
+
+def _shapes(example: Any) -> str:
+    leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    return ", ".join(str(tuple(t.shape)) for t in leaves) or type(example).__name__

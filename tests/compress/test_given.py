@@ -1,0 +1,95 @@
+"""Bad input is named on one line, by every technique alike, and never becomes a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hasten.compress import Clustering, MagnitudePruning, Quantize, TruncatedSvd, WeightPrecision
+from hasten.compress.acm import ACM
+from hasten.compress.deep import DeepCompression
+from hasten.compress.given import run_example
+from hasten.compress.lowrank.svdquant import SvdQuant
+from hasten.compress.quantize import Gptq
+from hasten.errors import ConfigurationError, DataError
+from hasten.tune import tune
+
+TECHNIQUES: dict[str, Any] = {
+    "quantize": Quantize.scheme("W4A16", steps=(Gptq(),), real="never"),
+    "precision": WeightPrecision("int8"),
+    "svd": TruncatedSvd(ratio=0.5),
+    "svdquant": SvdQuant(rank=4, group=32, grid=2),
+    "acm": ACM(targets=("0>2",), learners=2, epochs=1, gate_epochs=1, tune_epochs=0),
+    "deep": DeepCompression(epochs=1),
+    "pruning": MagnitudePruning(0.5, epochs=1),
+    "clustering": Clustering(4, epochs=1),
+}
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+
+
+@pytest.fixture(autouse=True)
+def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.compress import kernels
+
+    monkeypatch.setattr(kernels, "measure_kernels", lambda shape, tokens, names, **_: dict.fromkeys(names, 1.0))
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_examples_that_do_not_fit_or_are_no_numbers(name: str) -> None:
+    technique = TECHNIQUES[name]
+    with pytest.raises(DataError, match=r"calibration input.*\(64, 63\) does not fit the model \(.*\); give inputs"):
+        technique(_model(), [torch.randn(64, 63)])
+    with pytest.raises(DataError, match="calibration input.* holds NaN or infinity; remove or repair it"):
+        technique(_model(), [torch.full((64, 64), torch.nan)])
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_weights_that_are_no_numbers(name: str) -> None:
+    model = _model()
+    with torch.no_grad():
+        model[2].weight[3, 4] = torch.inf
+    with pytest.raises(ConfigurationError, match=r"[02].*holds NaN or infinity; repair"):
+        TECHNIQUES[name](model, [torch.randn(64, 64)])
+
+
+def test_the_layer_without_variance_is_named() -> None:
+    model = _model()
+    with torch.no_grad():
+        model[2].weight.fill_(0.25)
+    kept = Quantize.scheme("W4A16", real="never")(model).report.skipped
+    assert kept == {"2": "all its weights are 0.25: zero variance"}
+    told = {r.layer: r.reason for r in MagnitudePruning(0.5)(model).report.layers}
+    assert told["2.weight"] == "0% before; all its weights are equal: which are zero is chance"
+    assert told["0.weight"] == "0% before"
+
+
+def test_a_search_refuses_the_model_and_survives_a_recipe() -> None:
+    from hasten.compress import Recipe
+    from hasten.measure import Protocol
+    from hasten.tune import Knob, Space
+
+    model, data = _model(), [torch.randn(4, 64)]
+    recipe = Recipe((Quantize.scheme("W4A16", steps=(Gptq(),)),))
+    result = tune(
+        model, data, "quality>1%", recipes=[recipe], calibration=[torch.randn(4, 63)],
+        space=Space((Knob("format", ("unchanged",)),)), protocol=Protocol(min_samples=2, min_time=0, warmup_time=0),
+    )  # fmt: skip
+    refused = next(c for c in result.frontier.candidates if c.name == recipe.label)
+    assert "does not fit the model" in refused.violations[0]
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ConfigurationError, match="0.weight holds NaN or infinity; repair the model before it is tuned"):
+        tune(model, data, "quality>1%")
+
+
+def test_an_example_without_a_number() -> None:
+    assert run_example(_model(), torch.zeros(2, 64), 3).shape == (2, 64)
+    with pytest.raises(DataError, match="calibration input 3 of shape str does not fit the model"):
+        run_example(_model(), "text", 3)
