@@ -122,6 +122,23 @@ def test_measured_once_then_read_from_the_table() -> None:
     assert kernels.measure_kernels((32, 64), 2, ["fp32", "bf16"], clock=clock, copies_bytes=0) == times
 
 
+def test_a_float32_model_pays_its_conversions() -> None:
+    """The rows of a float32 model are timed as they come, in a row of the table of their own."""
+    seen: list[torch.dtype] = []
+    kernel = kernels.kernel("bf16")
+    run = kernel.run
+    try:
+        object.__setattr__(kernel, "run", lambda x, p: (seen.append(x.dtype), run(x, p))[1])
+        for rows in (torch.bfloat16, torch.float32):
+            kernels.measure_kernels((32, 64), 3, ["fp32", "bf16"], copies_bytes=0, protocol=QUICK, inputs=rows)
+            assert set(seen) == {rows}
+            seen.clear()
+    finally:
+        object.__setattr__(kernel, "run", run)
+    (file,) = (cache_folder() / "kernels").iterdir()
+    assert {"32x64x3", "32x64x3xfloat32"} <= set(json.loads(file.read_text()))
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 60, 130])
 def test_quantized_product(precision: str, rows: int) -> None:

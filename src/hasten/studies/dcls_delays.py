@@ -214,7 +214,7 @@ def speech(scale: Scale) -> Iterator[Check]:
 def compared(right: dict[str, list[float]], sizes: dict[str, dict[str, int]], count: int) -> Iterator[Check]:
     """Accuracies by kind and seed against each other; the first two differences must also be clear of their noise."""
     shown = ", ".join(f"{k} {part.points(v)} % ({len(v)} seeds)" for k, v in right.items())
-    note = f"ten synapses per hidden neuron, {count} test recordings: {shown}"
+    note = f"; ten synapses per hidden neuron, {count} test recordings: {shown}"
     for name, a, b, bound in (
         ("learned minus fixed", "learned", "fixed", 1.0),
         ("fixed minus none", "fixed", "none", 1.0),
@@ -224,14 +224,15 @@ def compared(right: dict[str, list[float]], sizes: dict[str, dict[str, int]], co
         gaps = [p - q for p, q in zip(right[a], right[b], strict=False)]
         mean, half = part.interval(gaps)
         yield Check.at_least(
-            f"spoken digits, {name}", 100 * mean, bound, "points", f"paired by seed {part.points(gaps)}; {note}"
-        )
+            f"spoken digits, {name}", 100 * mean, bound, "points",
+            f"paired by seed {part.points(gaps)}; numbers that are learned {sizes[a]} and {sizes[b]}{note}",
+        )  # fmt: skip
+        note = ""
         if bound and b != "sharp":
             yield Check.at_least(
                 f"spoken digits, {name}, lower end of the 95 % interval", 100 * (mean - half), 0.0, "points",
                 f"{len(gaps)} seeds",
             )  # fmt: skip
-        note = f"parameters {sizes[a]} and {sizes[b]}"
 
 
 study = Study(

@@ -181,10 +181,13 @@ def test_layers_that_do_not_fit_are_named(knobs, words):
 
 def test_bad_numbers_are_named():
     model = nn.Sequential(nn.Linear(64, 64))
-    with pytest.raises(DataError, match="input of 0"):
+    with pytest.raises(DataError, match="calibration input 0 holds NaN"):
         SvdQuant(rank=4)(model, [torch.full((20, 64), float("nan"))])
+    broken = nn.Sequential(nn.Threshold(1e9, float("nan")), nn.Linear(64, 64))
+    with pytest.raises(DataError, match="input of 1"):  # made by the model itself
+        SvdQuant(rank=4)(broken, [torch.randn(20, 64)])
     model[0].weight.data[0, 0] = float("inf")
-    with pytest.raises(DataError, match="weight of 0"):
+    with pytest.raises(ConfigurationError, match="layer '0': its weight holds NaN or infinity"):
         SvdQuant(rank=4)(model, [torch.randn(20, 64)])
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hasten.compress.quantize import (
     Int,
     KMeans,
     MiniFloat,
+    MinMax,
     Mse,
     Percentile,
     PerChannel,
@@ -211,3 +213,16 @@ def test_progress_is_told() -> None:
     Quantize(Int(4), None, [Gptq()])(transformer(), [rows()], progress=lambda stage, share: told.append((stage, share)))
     assert told[-1] == ("done", 1.0)
     assert [s for n, s in told if n == "round"] == sorted(s for n, s in told if n == "round")
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W3A16", "W2A16"])
+def test_presets_of_few_bits_search_their_ranges(name: str) -> None:
+    """Closer than the extremes, at the same bits; four bits use every code."""
+    weight, _ = SCHEMES[name]
+    torch.manual_seed(0)
+    given = torch.randn(64, 128)
+    plain = replace(weight, observer=MinMax(), full_range=False)
+    assert (weight.fake(given) - given).norm() < 0.95 * (plain.fake(given) - given).norm()
+    assert weight.stored_bits((64, 128)) == plain.stored_bits((64, 128))
+    if weight.bits == 4:
+        assert weight.quantize(given).codes.min() == -8
