@@ -9,6 +9,7 @@ An :class:`SLO` bounds what each *request* to a server may wait for (time to fir
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -136,6 +137,11 @@ class Bound:
     at_least: bool = False
     """True where the value must not fall below the limit"""
 
+    @property
+    def key(self) -> str:
+        """Name of the value that is bounded: ``latency@p99`` for a latency, else the metric."""
+        return f"latency@p{self.percentile:g}" if self.metric == "latency" else self.metric
+
     def holds(self, value: float) -> bool:
         """Whether ``value`` is inside the bound; not-a-number is not."""
         return value >= self.limit if self.at_least else value <= self.limit
@@ -197,16 +203,28 @@ class Budget:
         Keys are metric names, latency as ``latency@p99``. A bound whose value is absent is not judged.
         """
         lines = []
-        for bound in self.bounds:
-            key = f"latency@p{bound.percentile:g}" if bound.metric == "latency" else bound.metric
-            if key in values and not bound.holds(values[key]):
-                kind = _METRICS[bound.metric]
-                verb = "asks for" if bound.at_least else "allows"
-                lines.append(
-                    f"{key} is {format_quantity(values[key], kind)}, "
-                    f"the budget {verb} {format_quantity(bound.limit, kind)}"
-                )
+        for bound in self._broken(values):
+            kind, value = _METRICS[bound.metric], values[bound.key]
+            verb = "asks for" if bound.at_least else "allows"
+            lines.append(
+                f"{bound.key} is {format_quantity(value, kind)}, the budget {verb} {format_quantity(bound.limit, kind)}"
+            )
         return lines
+
+    def excess(self, values: Mapping[str, float]) -> float:
+        """By what share the worst broken bound is missed; 0 where none is.
+
+        >>> Budget.parse("p99<50ms, quality>80%").excess({"latency@p99": 0.06, "quality": 0.9})
+        0.2
+        """
+        shares = [0.0]
+        for bound in self._broken(values):
+            given, allowed = (bound.limit, values[bound.key]) if bound.at_least else (values[bound.key], bound.limit)
+            shares.append(given / allowed - 1 if allowed > 0 else math.inf)
+        return round(max(shares), 12)
+
+    def _broken(self, values: Mapping[str, float]) -> list[Bound]:
+        return [b for b in self.bounds if b.key in values and not b.holds(values[b.key])]
 
     def __str__(self) -> str:
         return ", ".join(str(b) for b in self.bounds)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given
@@ -63,6 +64,15 @@ def test_what_was_not_measured_is_never_best_nor_on_the_front() -> None:
     assert frontier.front == (broken,)
     assert frontier.best() is None
     assert frontier.closest() == broken
+
+
+def test_closest_is_what_misses_the_budget_by_least() -> None:
+    frontier = _frontier([(0.1, 0.78), (0.2, 0.974), (0.3, 0.9)])
+    budget = Budget.parse("quality>98%")
+    broken = tuple(replace(c, violations=tuple(budget.violations(c.values))) for c in frontier.candidates)
+    closest = Frontier(broken, AXES).closest(budget)
+    assert closest is not None
+    assert closest.name == "1"
 
 
 def test_json_and_report(tmp_path: Path) -> None:

@@ -130,12 +130,18 @@ class Frontier:
             feasible = [c for c in feasible if costs[id(c)][1] <= least + self.tie]
         return min(feasible, key=lambda c: costs[id(c)])
 
-    def closest(self) -> Candidate | None:
-        """Where nothing is feasible: the candidate with the fewest broken bounds, then the least of axis one, as
-        measured, or as predicted where the prediction was enough to reject it."""
+    def closest(self, budget: Budget | None = None) -> Candidate | None:
+        """Where nothing is feasible: the candidate with the fewest broken bounds, of those the one that misses
+        ``budget`` by the smallest share, of those the least on axis one; as measured, or as predicted where the
+        prediction was enough to reject it."""
         known = [c for c in self.candidates if c.values or (c.predicted and c.violations)]
         first = self.axes[0]
-        return min(known, key=lambda c: (len(c.violations), first.cost(c.values or c.predicted)), default=None)
+
+        def order(c: Candidate) -> tuple[int, float, float]:
+            values = c.values or c.predicted
+            return len(c.violations), 0.0 if budget is None else budget.excess(values), first.cost(values)
+
+        return min(known, key=order, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Axes, names on the frontier, and every candidate."""

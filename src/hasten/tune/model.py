@@ -95,7 +95,7 @@ class TuneResult:
 
     def _sentence(self) -> str:
         if self.best is None:
-            near = self.frontier.closest()
+            near = self.frontier.closest(self.budget)
             guess = "" if near is None or near.measured else " (predicted)"
             detail = f"; closest is {near.name}: {'; '.join(near.violations)}{guess}" if near is not None else ""
             return f"no candidate meets {self.budget}{detail}"
