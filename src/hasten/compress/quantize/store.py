@@ -35,6 +35,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     >>> from hasten.compress.quantize import Quantize
     >>> small = Quantize.scheme("W4A16", real="never")(nn.Sequential(nn.Linear(64, 64)))
+    >>> import tempfile
     >>> path = save(small, tempfile.mkdtemp())
     >>> again = load(path.parent, nn.Sequential(nn.Linear(64, 64)))
     >>> torch.equal(again[0].weight, small[0].weight)
