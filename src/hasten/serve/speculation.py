@@ -132,7 +132,6 @@ class Speculator:
         contexts = [c.request.computed for c in candidates]
         proposals: list[Proposal] = [_NONE] * len(candidates)
         left = [i for i, limit in enumerate(limits) if limit]
-        began = clock.now()
         self._drafted = 0.0
         self._asked = []
         for stage in self._stages:
@@ -146,7 +145,7 @@ class Speculator:
             return plan, {}
         expected = len(candidates) + sum(sum(p.survival) for p in out.values())
         rows = plan.num_tokens + sum(len(p.tokens) for p in out.values())
-        seconds = self._seconds(rows) + clock.now() - began
+        seconds = self._seconds(rows) + self._drafted + self._extra * len(candidates)
         self._expected = expected / seconds if seconds > 0 else 0.0
         chunks = tuple(
             Chunk(c.seq, c.start, c.length + len(out[c.seq].tokens), ChunkKind.VERIFY) if c.seq in out else c
