@@ -302,9 +302,8 @@ class Engine:
         else:
             self.counters.recomputed_tokens += self._roster.account(work)
             if step.ready:
-                rows = [row for _, row in step.ready]
-                picked = logits if len(rows) == logits.shape[0] else logits[rows]
                 tracks = [track for track, _ in step.ready]
+                picked = logits if len(tracks) == logits.shape[0] else logits[[row for _, row in step.ready]]
                 sampled = self._sampler.sample(picked, [track.state for track in tracks])
                 self._hand_out(tracks, list(range(len(tracks))), sampled, outputs)
         self.counters.iterations += 1

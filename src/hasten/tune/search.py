@@ -187,7 +187,9 @@ class Search:
 
     def _hopeful(self, key: str, value: float) -> float:
         """A predicted value as good as its error allows."""
-        margin = self.margin if isinstance(self.margin, float) else self.margin.get(key.partition("@")[0], 0.2)
+        margin = self.margin
+        if isinstance(margin, Mapping):
+            margin = margin.get(key.partition("@")[0], 0.2)
         return value * (1 + margin if key in _MORE_IS_BETTER else 1 - margin)
 
     def _tell(self, study: Any, trial: Any, candidate: Candidate) -> None:
