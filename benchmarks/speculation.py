@@ -47,6 +47,20 @@ def main() -> None:
     report("speculation", rows, arguments.json, threads=arguments.threads)
 
 
+def _answer(engine: Any, prompt: list[int], count: int) -> tuple[list[int], float]:
+    """``count`` tokens, greedy and alone, and seconds per token behind the step that finished the prompt."""
+    from hasten.language.params import SamplingParams
+
+    engine.add(prompt, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True))
+    got: list[int] = []
+    while not got:
+        got += [o.token for o in engine.step()]
+    head, began = len(got), CLOCK.now()
+    while engine.has_work:
+        got += [o.token for o in engine.step()]
+    return got, (CLOCK.now() - began) / (len(got) - head)
+
+
 def pair(rounds: int) -> list[Row]:
     """The embedded model and its draft, one sequence, held-out library code."""
     from hasten.language import load
@@ -106,7 +120,6 @@ def edit(rounds: int) -> list[Row]:
     by the text.
     """
     from hasten.language import load
-    from hasten.language.params import SamplingParams
     from hasten.language.speculate import PromptLookup
     from hasten.serve.engine import Engine
     from hasten.serve.policy import make
@@ -122,16 +135,10 @@ def edit(rounds: int) -> list[Row]:
         for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
             engine, forced = engines[name]
             forced.script = [*prompt, *answer]
-            engine.add(prompt, SamplingParams(max_tokens=len(answer), temperature=0.0))
-            got: list[int] = []
-            while not got:
-                got += [o.token for o in engine.step()]
-            began = CLOCK.now()
-            while engine.has_work:
-                got += [o.token for o in engine.step()]
+            got, seconds = _answer(engine, prompt, len(answer))
             assert got == answer, "the answer was not the script"
             if turn:
-                times[name].append((CLOCK.now() - began) / (len(answer) - 1))
+                times[name].append(seconds)
     ratio = paired_ratio(times["plain"], times["lookup"])
     rates = [1 / float(np.median(times[n])) for n in ("lookup", "plain")]
     stats = engines["lookup"][0].speculation
@@ -231,7 +238,6 @@ class _SetRate:
 def theory(rounds: int) -> list[Row]:
     """245 M random weights, guesses that stand at a rate of 0.8: against the expected length over the step's time."""
     from hasten.language import load
-    from hasten.language.params import SamplingParams
     from hasten.language.ragged import RaggedBatch
     from hasten.language.speculate.verify import expected_length
     from hasten.serve.engine import Engine
@@ -258,16 +264,9 @@ def theory(rounds: int) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(max(3, rounds) + 1):
         for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
-            engine = engines[name]
-            engine.add(prompt, SamplingParams(max_tokens=tokens, temperature=0.0))
-            got: list[int] = []
-            while not got:
-                got += [o.token for o in engine.step()]
-            began = CLOCK.now()
-            while engine.has_work:
-                got += [o.token for o in engine.step()]
+            _, seconds = _answer(engines[name], prompt, tokens)
             if turn:
-                times[name].append((CLOCK.now() - began) / (tokens - 1))
+                times[name].append(seconds)
     cache = executor.new_cache(16, 16)
     table = list(range(16))
 
@@ -444,14 +443,12 @@ def codes(rounds: int) -> list[Row]:
 
 def triforce(rounds: int) -> list[Row]:
     """Long contexts: the stretched embedded model in the engine, library code, ``--speculate triforce:1024``."""
-    from hasten.language.params import SamplingParams
     from hasten.language.speculate.choose import choose
     from hasten.serve.engine import Engine
     from hasten.serve.policy import make
     from hasten.studies.triforce import long_model, long_prompt
 
     tokens = 256
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     model = long_model(max(CONTEXTS) + 1024)
     out = []
     for context in CONTEXTS:
@@ -472,17 +469,9 @@ def triforce(rounds: int) -> list[Row]:
             prompt = long_prompt(model.tokenizer, context, 700 * turn)
             answers = {}
             for name in list(engines) if turn % 2 == 0 else list(engines)[::-1]:
-                engine = engines[name]
-                engine.add(prompt, params)
-                got: list[int] = []
-                while not got:
-                    got += [o.token for o in engine.step()]
-                head, began = len(got), CLOCK.now()
-                while engine.has_work:
-                    got += [o.token for o in engine.step()]
-                answers[name] = got
+                answers[name], seconds = _answer(engines[name], prompt, tokens)
                 if turn:
-                    times[name].append((CLOCK.now() - began) / (len(got) - head))
+                    times[name].append(seconds)
             same += answers["plain"] == answers["triforce"]
         ratio = paired_ratio(times["plain"], times["triforce"])
         rates = [1 / float(np.median(times[n])) for n in ("triforce", "plain")]
