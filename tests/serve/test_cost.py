@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hasten.budget import SLO
 from hasten.errors import ConfigurationError, DataError
-from hasten.serve.cost import PRESETS, IterationCost, _nonnegative_least_squares
+from hasten.serve.cost import PRESETS, IterationCost
 
 OPT = IterationCost.preset("opt-13b/a100")
 FULL = replace(OPT, d=3e-6)  # every term in use
@@ -74,15 +74,15 @@ def test_a_negative_or_infinite_coefficient_is_refused():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10_000))
-def test_least_squares_satisfies_its_optimality_conditions(seed):
-    rng = np.random.default_rng(seed)
-    matrix, target = rng.normal(size=(20, 7)), rng.normal(size=20)
-    x = _nonnegative_least_squares(matrix, target)
-    gradient = matrix.T @ (matrix @ x - target)
-    assert (x >= 0).all()
-    assert (gradient >= -1e-9).all()  # no descent into the allowed side
-    assert abs(gradient @ x) < 1e-9
+@given(batches, st.integers(0, 4000), st.floats(0.01, 1))
+def test_the_longest_piece_fits_and_one_token_more_does_not(chunks, past, limit):
+    sums = FULL.sums(chunks)
+    piece = FULL.piece_within(limit, sums, past)
+    if piece > 1:
+        assert FULL.time([*chunks, (past, piece)]) <= limit * (1 + 1e-9)
+    assert FULL.time([*chunks, (past, piece + 2)]) > limit
+    assert IterationCost(m0=limit / 2).piece_within(limit, sums, past) > 10**6  # arithmetic costs nothing
+    assert IterationCost(m0=limit * 2).piece_within(limit, sums, past) == 0
 
 
 def test_budget_is_the_largest_tile_multiple_within_the_limit():

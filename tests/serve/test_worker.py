@@ -46,3 +46,30 @@ def test_greedy_answers_repeat(calibrated):
     *_, first, again = calibrated
     assert first["choices"][0]["text"] == again["choices"][0]["text"]
     assert first["usage"]["completion_tokens"] == 8
+
+
+def test_a_budget_for_each_step_or_one_for_the_worst(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from hasten.clock import ManualClock
+    from hasten.serve.derive import derive_budget
+    from hasten.serve.worker import WorkerConfig
+
+    path = tmp_path / "cost.json"
+    cost = IterationCost.preset("opt-13b/a100")
+    cost.save(path)
+    model = SimpleNamespace(executor=SimpleNamespace(max_context=4096))
+
+    def derive(slo, paced=True):
+        config = WorkerConfig(model="x", slo=slo, calibration=str(path), max_num_seqs=32)
+        return derive_budget(model, config, ManualClock(), 4000, paced=paced)
+
+    fixed, paced = derive("tpot<60ms", paced=False), derive("tpot<60ms")
+    assert fixed.pace is None
+    assert paced.token_budget > 3 * fixed.token_budget
+    assert paced.pace.limit == 0.06
+    assert f"token budget {paced.token_budget} at most" in paced.why
+    assert f"worst step would be {fixed.token_budget}" in paced.why
+    for slo in ("ttft<1s", "tpot<1ms"):  # nothing bounds a step; nothing keeps the limit
+        assert derive(slo).token_budget == derive(slo, paced=False).token_budget
+    assert "no token budget meets tpot 1 ms" in derive("tpot<1ms").why

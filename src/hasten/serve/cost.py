@@ -14,7 +14,6 @@ simulator, the choice of the token budget, and the tuner. Seconds and tokens thr
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from hasten.budget import SLO, format_quantity
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError, DataError
 from hasten.files import write_text
+from hasten.serve.cost_fit import fit_larger_line
 
 __all__ = ["BudgetChoice", "FitReport", "IterationCost", "Sample"]
 
@@ -165,7 +165,8 @@ class IterationCost:
             )
         sums = np.array([cls.sums(chunks) for chunks, _ in usable], dtype=np.float64)
         measured = np.array([t for _, t in usable])
-        cost = _fit_max(sums, measured)
+        m0, m1, m2, a, b, c, d = fit_larger_line(sums, measured)
+        cost = cls(m0, m1, m2, a, b, c, d)
         errors = np.abs(cost.times(sums) - measured) / measured
         held = [(chunks, t) for chunks, t in holdout if chunks and math.isfinite(t) and t > 0]
         outside = cost.relative_errors(held)
@@ -256,6 +257,32 @@ class IterationCost:
         tokens = np.full_like(decodes, token_budget)
         gathered = np.where(piece > 1, past, 0.0)
         return float(self.times(np.stack([held + past, sequences, tokens, attention, gathered], axis=1)).max())
+
+    def piece_within(self, limit: float, sums: tuple[float, float, float, float, float], past: int) -> int:
+        """Tokens of a prompt, of which ``past`` are in the cache, that fit beside a batch into ``limit`` seconds.
+
+        ``sums`` is what :meth:`sums` gives for the batch; 0 when nothing fits. The root of the quadratic that a piece
+        of n tokens adds: ``b·n + c·n·(2·past + n)``.
+
+        >>> cost = IterationCost.preset("opt-13b/a100")
+        >>> decodes = cost.sums([(1000, 1)] * 16)
+        >>> cost.piece_within(0.1, decodes, 0)
+        656
+        >>> cost.piece_within(0.1, cost.sums([(2000, 1)] * 100), 0)
+        0
+        """
+        if limit == math.inf:
+            return _ANY_PIECE
+        context, sequences, tokens, attention, gathered = sums
+        reading = self.m1 * (context + past)
+        if self.m0 + reading + self.m2 * (sequences + 1) > limit:
+            return 0
+        left = limit - self.a - self.b * tokens - self.c * attention - reading - self.d * (gathered + past)
+        if left <= 0:
+            return 0
+        slope = self.b + 2 * self.c * past
+        root = slope + math.sqrt(slope * slope + 4 * self.c * left)
+        return int(min(2 * left / root, _ANY_PIECE)) if root > 0 else _ANY_PIECE
 
     def budget_for(
         self,
@@ -383,6 +410,9 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
+_ANY_PIECE = 1 << 30
+"""tokens, where nothing bounds them"""
+
 _COEFFICIENTS = ("m0", "m1", "m2", "a", "b", "c", "d")
 
 PRESETS: dict[str, IterationCost] = {
@@ -399,53 +429,3 @@ PRESETS: dict[str, IterationCost] = {
     "llama2-70b/a100-tp4": IterationCost(m0=25.5e-3, m1=5.1e-8, m2=4.0e-5, a=4.0e-3, b=2.0e-4, c=2.6e-9),
 }
 """Costs by name. The OPT ones are published fits, ``llama2-70b/a100-tp4`` is derived from data sheets."""
-
-
-def _nonnegative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exact by trying every support: with seven columns that is 127 small solves."""
-    columns = matrix.shape[1]
-    gram, moment = matrix.T @ matrix, matrix.T @ target
-    best, best_loss = np.zeros(columns), float(target @ target)
-    for size in range(columns, 0, -1):
-        for support in itertools.combinations(range(columns), size):
-            index = np.array(support)
-            part = gram[np.ix_(index, index)]
-            try:
-                solution = np.linalg.solve(part, moment[index])
-            except np.linalg.LinAlgError:
-                continue
-            if (solution < 0).any() or not np.isfinite(solution).all():
-                continue
-            loss = float(target @ target - solution @ moment[index])
-            if loss < best_loss - 1e-15 * float(target @ target):
-                best_loss, best = loss, np.zeros(columns)
-                best[index] = solution
-    return best
-
-
-def _fit_max(sums: NDArray[np.float64], measured: NDArray[np.float64]) -> IterationCost:
-    context, sequences, tokens, attention, gathered = sums.T
-    one, zero = np.ones(len(sums)), np.zeros(len(sums))
-    memory = np.stack([one, context, sequences, zero, zero, zero, zero], axis=1)
-    compute = np.stack([zero, context, zero, one, tokens, attention, gathered], axis=1)
-    scale = np.maximum(np.abs(memory).max(axis=0), np.abs(compute).max(axis=0))
-    scale[scale == 0] = 1.0
-    memory, compute = memory / scale / measured[:, None], compute / scale / measured[:, None]
-
-    best: NDArray[np.float64] | None = None
-    best_loss = math.inf
-    cuts = np.unique(np.quantile(tokens, (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)))
-    for cut in cuts:
-        bound = tokens <= cut
-        for _ in range(20):
-            solution = _nonnegative_least_squares(np.where(bound[:, None], memory, compute), np.ones(len(sums)))
-            by_memory, by_compute = memory @ solution, compute @ solution
-            loss = float(((np.maximum(by_memory, by_compute) - 1) ** 2).sum())
-            if loss < best_loss:
-                best_loss, best = loss, solution
-            again = by_memory >= by_compute
-            if (again == bound).all():
-                break
-            bound = again
-    assert best is not None
-    return IterationCost(*(best / scale).tolist())

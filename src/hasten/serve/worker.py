@@ -14,10 +14,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hasten.budget import SLO
@@ -30,6 +28,7 @@ from hasten.errors import (
     ModelLoadError,
     RequestError,
 )
+from hasten.serve.derive import derive_budget
 from hasten.serve.link import Link
 from hasten.serve.request import FinishReason
 from hasten.serve.resident import drop_library_pages
@@ -151,20 +150,21 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
                 f"a KV cache of {config.cache_bytes:.0f} bytes holds no block; one block of {config.block_size} tokens "
                 f"takes {executor.bytes_per_token * config.block_size} bytes"
             )
-    budget, why, allowed = config.token_budget, "", None
-    if budget is None and config.slo is not None:
-        budget, why, allowed = _derive_budget(model, config, clock, blocks)
-        phase("calibrate", why)
     knobs = dict(config.knobs)
     known = _knobs_of(config.policy)
+    budget, why = config.token_budget, ""
+    if budget is None and config.slo is not None:
+        derived = derive_budget(model, config, clock, blocks, paced="pace" in known)
+        budget, why = derived.token_budget, derived.why
+        if derived.pace is not None:
+            knobs.setdefault("pace", derived.pace)
+        phase("calibrate", why)
     if "max_num_seqs" in known:
         knobs.setdefault("max_num_seqs", config.max_num_seqs)
     if budget is not None and "token_budget" in known:
         knobs["token_budget"] = budget
         if "max_num_seqs" in known:  # more sequences than tokens of a step would starve
             knobs["max_num_seqs"] = min(knobs["max_num_seqs"], budget)
-        if allowed is not None and "allowed" in known:
-            knobs["allowed"] = allowed
     policy = make(config.policy, **knobs)
     from hasten.language.speculate.choose import choose
 
@@ -222,61 +222,6 @@ def _knobs_of(policy: str) -> set[str]:
 
     factory = POLICIES.get(policy)
     return set(inspect.signature(factory if factory is not None else type(make(policy))).parameters)
-
-
-def _derive_budget(
-    model: Any, config: WorkerConfig, clock: Clock, blocks: int | None
-) -> tuple[int, str, Callable[[float], int]]:
-    """The token budget that the SLO allows on this machine, why, and what tighter objectives of requests allow."""
-    from pathlib import Path
-
-    from hasten.measure.machine import busy
-    from hasten.serve.cost import IterationCost
-
-    assert config.slo is not None
-    path = Path(config.calibration) if config.calibration else _calibration_path(model)
-    if path.is_file():
-        cost, source = IterationCost.read(path), f"calibration read from {path}"
-    else:
-        shared = busy()
-        cost = IterationCost.calibrate(
-            model,
-            clock,
-            time_limit=config.calibration_seconds,
-            max_num_seqs=min(config.max_num_seqs, 32),
-            progress=False,
-            statistic="minimum" if shared else "median",
-        )
-        if config.calibration is None and (shared or busy()):
-            source = "calibrated now and not kept, since other work shares the cores; start again on a quiet machine"
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cost.save(path)
-            source = f"calibrated now, kept in {path}"
-    context = int(model.executor.max_context)
-    cache_tokens = blocks * config.block_size if blocks else None
-    seats = config.max_num_seqs
-    choice = cost.budget_for(SLO.parse(config.slo), max_num_seqs=seats, context=context, cache_tokens=cache_tokens)
-
-    @lru_cache(maxsize=256)
-    def allowed(seconds: float) -> int:
-        own = SLO(itl=seconds)
-        return cost.budget_for(own, max_num_seqs=seats, context=context, cache_tokens=cache_tokens).token_budget
-
-    return choice.token_budget, f"{choice.why}; {source}", allowed
-
-
-def _calibration_path(model: Any) -> Any:
-    """Where the calibration of this machine, model, precision and number of threads is kept."""
-    import torch
-
-    from hasten.measure.cache import cache_folder
-    from hasten.measure.machine import Machine
-
-    executor = model.executor
-    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in str(model.name))[-80:]
-    what = f"{name}-{executor.weight_bytes}-{executor.precision}-{torch.get_num_threads()}"
-    return cache_folder() / "calibration" / f"{Machine.detect().fingerprint}-{what}.json"
 
 
 def _warm_up(engine: Engine) -> None:

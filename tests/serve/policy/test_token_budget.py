@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.budget import SLO
 from hasten.errors import ConfigurationError
 from hasten.serve import Observation, Sequence
 from hasten.serve.policy import DynamicChunk, SplitFuse, StallFree, TokenBudget
@@ -127,22 +126,3 @@ def test_dynamic_chunks_fall_linearly_in_whole_multiples():
     assert [dynamic.limit(n) for n in (0, 1024, 2048, 3072, 9999)] == [2048, 1536, 1024, 512, 512]
     with pytest.raises(ConfigurationError, match="high"):
         DynamicChunk(high=1, low=2)
-
-
-def test_the_tightest_objective_of_a_running_request_sizes_the_step():
-    allowed = {0.1: 64, 0.01: 8, 0.001: 1}
-    policy = TokenBudget(token_budget=32, max_num_seqs=8, allowed=allowed.__getitem__)
-
-    def tokens(*objectives):
-        running = [decoding(n) for n in range(len(objectives))]
-        for seq, objective in zip(running, objectives, strict=True):
-            seq.slo = objective
-        plan = policy.decide(Observation(0.0, [Sequence(9, 9.0, 400, 4)], running, 90, 99, 16))
-        return sum(c.length for c in plan.chunks)
-
-    assert tokens(None, None) == 32
-    assert tokens(None, SLO(tpot=0.1)) == 32  # the budget is still the most
-    assert tokens(SLO(tpot=0.1), SLO(itl=0.01, tpot=0.1)) == 8
-    assert tokens(SLO(ttft=0.5), None) == 32
-    assert tokens(SLO(itl=0.001), None, None) == 3  # a token for each, whatever the limit
-    assert policy == TokenBudget(token_budget=32, max_num_seqs=8)

@@ -2,6 +2,7 @@
 
 from hasten.serve.policy.base import Policy
 from hasten.serve.policy.orca import Orca
+from hasten.serve.policy.pace import Pace
 from hasten.serve.policy.prefill_first import PrefillFirst
 from hasten.serve.policy.registry import POLICIES, make
 from hasten.serve.policy.request_level import RequestLevel
@@ -23,6 +24,7 @@ __all__ = [
     "FixedSpeculation",
     "GoodputSpeculation",
     "Orca",
+    "Pace",
     "Policy",
     "PrefillFirst",
     "RequestLevel",

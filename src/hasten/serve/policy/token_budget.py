@@ -11,23 +11,16 @@ every step; nobody is admitted before an earlier one in rank. Two publications u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from typing import Literal
 
-from hasten.budget import SLO
 from hasten.serve.batch import Chunk, Observation, StepPlan
 from hasten.serve.policy.base import in_turn, rank, require
+from hasten.serve.policy.pace import Pace, Share
 from hasten.serve.request import Sequence
 
 __all__ = ["DynamicChunk", "TokenBudget"]
-
-
-def _between(slo: SLO) -> float:
-    """Seconds that may lie between two tokens."""
-    return min((t.limit for t in (slo.itl, slo.tpot) if t is not None), default=inf)
 
 
 @dataclass(frozen=True)
@@ -92,9 +85,8 @@ class TokenBudget:
     """share of the cache that admission leaves free while others run, so that they are not preempted at once"""
     dynamic: DynamicChunk | None = None
     """shrink the pieces of a prompt as it advances"""
-    allowed: Callable[[float], int] | None = field(default=None, compare=False, repr=False)
-    """tokens of a step that takes less than so many seconds; with it, a running request whose own objective on its
-    tokens (itl, tpot) is tighter makes the steps smaller while it runs"""
+    pace: Pace | None = None
+    """how long steps may take: prompts get what the decodes of each step leave of that, up to the token budget"""
 
     def __post_init__(self) -> None:
         require(
@@ -137,7 +129,7 @@ class TokenBudget:
         self, observation: Observation, running: SequenceOf[Sequence], free: int, *, admit: bool
     ) -> tuple[list[Chunk], list[int]]:
         size = observation.block_size
-        budget = self._budget(running)
+        budget = self.token_budget
         chunks: list[Chunk] = []
         preempted: list[int] = []
         prompts: list[Sequence] = []  # admitted, with more than one token missing
@@ -175,12 +167,13 @@ class TokenBudget:
             return chunks, preempted
         if self.split == "even":
             room = self._even(room, prompts, observation)
+        share = Share(room) if self.pace is None else self.pace.share(room, decodes)
         if len(prompts) > 1:
             prompts.sort(key=rank)
         for seq in prompts:
-            if room <= 0:
+            length = share.piece(seq.computed, seq.known - seq.computed)
+            if length <= 0:
                 return chunks, preempted
-            length = min(seq.known - seq.computed, room)
             if self.dynamic is not None:
                 length = min(length, self.dynamic.limit(seq.computed))
             want = -(-(seq.computed + length) // size) - seq.blocks
@@ -194,34 +187,25 @@ class TokenBudget:
             if want > 0:
                 free -= want
                 promised -= want if whole else 0
-            room -= length
+            share.take(seq.computed, length)
             chunks.append(Chunk(seq.seq, seq.computed, length))
-        if admit and not preempted and room > 0:
+        if admit and not preempted and share.tokens > 0:
             seats = self.max_num_seqs - len(running)
             keep = int(self.watermark * observation.total_blocks) if chunks else 0
-            self._admit(observation, chunks, free - max(0, promised), room, seats, keep)
+            self._admit(observation, chunks, free - max(0, promised), share, seats, keep)
         return chunks, preempted
 
-    def _budget(self, running: SequenceOf[Sequence]) -> int:
-        """Tokens of this step: one for each running sequence at least, so that no decode waits for another."""
-        if self.allowed is None:
-            return self.token_budget
-        limit = min((_between(seq.slo) for seq in running if seq.slo is not None), default=inf)
-        if limit == inf:
-            return self.token_budget
-        return min(self.token_budget, max(self.allowed(limit), len(running), 1))
-
     def _admit(
-        self, observation: Observation, chunks: list[Chunk], free: int, room: int, seats: int, keep: int
+        self, observation: Observation, chunks: list[Chunk], free: int, share: Share, seats: int, keep: int
     ) -> None:
-        """New prompts in their order, until budget, memory or seats end; the first that does not fit ends it."""
+        """New prompts in their order, until time, memory or seats end; the first that does not fit ends it."""
         size = observation.block_size
         whole = self.reserve == "prompt"
         for seq in observation.waiting:
-            if room <= 0 or seats <= 0:
-                return
             computed = seq.computed
-            length = min(seq.known - computed, room)
+            length = share.piece(computed, seq.known - computed)
+            if length <= 0 or seats <= 0 or not share.seats(seq.known):
+                return
             if self.dynamic is not None:
                 length = min(length, self.dynamic.limit(computed))
             want = -(-(seq.known if whole else computed + length) // size) - seq.blocks
@@ -233,7 +217,7 @@ class TokenBudget:
                     return
                 want = free - keep
             free -= max(0, want)
-            room -= length
+            share.take(computed, length)
             seats -= 1
             keep = keep or int(self.watermark * observation.total_blocks)
             chunks.append(Chunk(seq.seq, computed, length))
