@@ -231,3 +231,15 @@ def test_stop_strings_in_one_piece_follow_the_definition():
     for text in ("xxabcabx", "ab", "cab"):
         watch = StopStrings(["ab", "abc"])
         assert (watch.push(text) + watch.flush(), watch.stopped) == slow_stop(text, ["ab", "abc"], False)
+
+
+def test_a_vocabulary_that_was_forgotten_is_read_again(tmp_path):
+    from hasten.language.loading import model_folder
+
+    tokenizer = Tokenizer.from_folder(model_folder("pycode-4m"))
+    text = "def f(x): return 'ä'"
+    ids, table = tokenizer.encode(text), tokenizer.token_bytes
+    tokenizer.forget()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes == table
+    assert tokenizer.encode(text) == ids

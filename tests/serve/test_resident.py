@@ -1,6 +1,7 @@
 """Dropping pages of libraries: what remains works, and what the process changed stays."""
 
 import ctypes
+import platform
 import re
 import subprocess
 import sys
@@ -32,6 +33,47 @@ def test_a_process_shrinks_and_goes_on():
     before, dropped, after = map(int, ran.stdout.split())
     assert dropped > 4 << 20
     assert after < before - dropped // 2
+
+
+FREED = """
+import re
+from hasten.serve.resident import return_freed_memory
+def resident():
+    return int(re.search(r"Rss:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1]) << 10
+pieces = [bytes(4000) for _ in range(10_000)]
+last = pieces[-1]
+before = resident()
+del pieces
+held = resident()
+return_freed_memory()
+print(before, held, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators return memory in their own way")
+def test_freed_memory_below_a_living_piece_goes_back():
+    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    before, _, after = map(int, ran.stdout.split())
+    assert after < before - 20e6
+
+
+ALONE = """
+import sys
+from hasten.serve.resident import import_numba_alone, keep_heap_small
+keep_heap_small()
+import_numba_alone()
+import numba, numpy as np
+total = numba.njit(lambda x: x.sum())(np.arange(4.0))
+assert "scipy" not in sys.modules and total == 6.0
+import scipy.linalg
+print(scipy.linalg.det(np.eye(2)))
+"""
+
+
+def test_numba_comes_without_scipy_and_scipy_later():
+    ran = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "1.0"), ran.stderr
 
 
 def test_only_clean_pages_of_libraries_are_dropped(tmp_path):

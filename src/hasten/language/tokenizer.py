@@ -11,10 +11,13 @@ import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hasten.errors import InvalidRequestError, ModelLoadError
 from hasten.language.infill import FimTokens, infill_prompt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 __all__ = ["Detokenizer", "FimTokens", "NoTokenizer", "StopStrings", "Tokenizer"]
 
@@ -47,7 +50,7 @@ class Tokenizer:
     """A text's tokens, from the state of one ``tokenizer.json`` and the configs beside it.
 
     ``Tokenizer.from_folder(path)`` reads a model folder. ``state()`` is plain data that makes the same tokenizer in
-    another process. Reading is thread-safe; nothing changes after construction.
+    another process. Reading is thread-safe; nothing that can be seen changes after construction.
     """
 
     def __init__(self, tokenizer_json: str, config: Mapping[str, Any] | None = None) -> None:
@@ -56,18 +59,10 @@ class Tokenizer:
 
         Raises :class:`~hasten.errors.ModelLoadError` if the text is not a tokenizer.
         """
-        from tokenizers import Tokenizer as Backend
-
         self._json = tokenizer_json
+        self._backend: Backend | None = None
+        self._table: tuple[list[bytes] | None] | None = None  # in a tuple, since None says something
         self.config: dict[str, Any] = dict(config or {})
-        try:
-            self.backend = Backend.from_str(tokenizer_json)
-        except Exception as error:  # the package raises plain Exception
-            raise ModelLoadError(
-                f"tokenizer.json cannot be read ({error}); copy it again from the model's source"
-            ) from error
-        self.backend.no_truncation()
-        self.backend.no_padding()
         self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         added = self.backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
@@ -79,7 +74,29 @@ class Tokenizer:
             self.eos_token_ids = () if eos is None else (eos,)
         self.fim_tokens = self._find_fim_tokens()
         self.chat_template: str | None = self._read_template()
-        self._token_bytes = self._byte_table(json.loads(tokenizer_json))
+        _ = self.token_bytes
+
+    @property
+    def backend(self) -> Backend:
+        """The tokenizer of the ``tokenizers`` package, with neither truncation nor padding."""
+        backend = self._backend
+        if backend is None:
+            from tokenizers import Tokenizer as Backend
+
+            try:
+                backend = Backend.from_str(self._json)
+            except Exception as error:  # the package raises plain Exception
+                raise ModelLoadError(
+                    f"tokenizer.json cannot be read ({error}); copy it again from the model's source"
+                ) from error
+            backend.no_truncation()
+            backend.no_padding()
+            self._backend = backend
+        return backend
+
+    def forget(self) -> None:
+        """Give back the memory of the vocabulary; it is read again from the text when it is needed."""
+        self._backend = self._table = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -157,7 +174,10 @@ class Tokenizer:
     @property
     def token_bytes(self) -> list[bytes] | None:
         """Bytes of every token of a byte-level vocabulary, by id; None for other kinds."""
-        return self._token_bytes
+        held = self._table
+        if held is None:
+            held = self._table = (self._byte_table(json.loads(self._json)),)
+        return held[0]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokens of ``text``; ``special`` adds what the model's texts begin (or end) with."""
@@ -169,7 +189,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ``ids``; bytes that are no character become U+FFFD. Unknown ids are left out."""
-        table = self._token_bytes
+        table = self.token_bytes
         if table is not None:
             size, hidden = len(table), self.special_ids if skip_special else ()
             return b"".join(table[i] for i in ids if 0 <= i < size and i not in hidden).decode("utf-8", "replace")
@@ -179,7 +199,7 @@ class Tokenizer:
         """One token as text, for lists of logprobs; half characters become U+FFFD."""
         if index in self._added:
             return self._added[index]
-        if self._token_bytes is not None:
+        if self.token_bytes is not None:
             return self.decode([index])
         token = self.backend.id_to_token(index)
         return "" if token is None else str(self.backend.decode([index])) or str(token)
@@ -262,7 +282,7 @@ class NoTokenizer(Tokenizer):
         self.eos_token_ids = ()
         self.fim_tokens = None
         self.chat_template = None
-        self._token_bytes = None
+        self._table = (None,)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         raise InvalidRequestError("this model has no tokenizer; give the prompt as token ids", "prompt")

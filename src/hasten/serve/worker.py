@@ -31,7 +31,7 @@ from hasten.errors import (
 from hasten.serve.derive import derive_budget
 from hasten.serve.link import Link
 from hasten.serve.request import FinishReason
-from hasten.serve.resident import drop_library_pages
+from hasten.serve.resident import drop_library_pages, import_numba_alone, keep_heap_small, return_freed_memory
 
 if TYPE_CHECKING:
     from hasten.serve.engine import Engine
@@ -104,6 +104,7 @@ def run(link: Link, config: WorkerConfig, clock: Clock) -> None:
         return
     gc.collect()
     gc.freeze()  # what start-up made stays; collections look at requests only
+    return_freed_memory()
     drop_library_pages()
     link.send("ready", info)
     _Loop(link, engine, config.slo).run()
@@ -118,7 +119,11 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         link.send("phase", name, now - last, detail)
         last = now
 
+    keep_heap_small()
     import torch
+
+    if config.loader == WorkerConfig.loader:  # others may have kernels that want scipy's BLAS
+        import_numba_alone()
 
     from hasten.serve.engine import Engine
     from hasten.serve.policy.registry import make
@@ -212,6 +217,8 @@ def _start(link: Link, config: WorkerConfig, clock: Clock) -> tuple[Engine, dict
         "block_size": config.block_size,
         "pid": os.getpid(),
     }
+    if tokenizer is not None:
+        tokenizer.forget()  # the front reads and writes texts; here only grammars need the vocabulary
     return engine, info
 
 
