@@ -10,6 +10,7 @@ from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError
 from hasten.tune import Knob, Space, serving_space, simulated, tune_serving
 from hasten.tune.report import of_serving
+from hasten.tune.serving import policy_for
 from hasten.tune.space import Point
 
 SPACE = Space((Knob("token_budget", (16, 32, 64, 128, 256)),))
@@ -133,3 +134,21 @@ def test_on_the_real_simulator() -> None:
     assert result.best.values["attainment"] >= result.baseline.values["attainment"]
     with pytest.raises(ConfigurationError, match="no cost was fitted for 'int8'"):
         predict({"policy": "stall-free", "precision": "int8"})
+
+
+def test_a_budget_for_each_step_is_found_where_one_for_the_worst_step_is_too_small() -> None:
+    from hasten.serve import workload
+    from hasten.serve.cost import IterationCost
+
+    slo = SLO.parse("ttft<2s, tpot<45ms, p99")
+    load = workload.sample("code", rate=1.0, requests=120, seed=0)
+    cost = IterationCost.preset("opt-13b/a100")
+    predict = simulated({"bf16": cost}, load, slo, blocks=2500)
+    space = serving_space(precisions=("bf16",), max_num_seqs=(32,))
+    baseline = {"policy": "prefill-first", "precision": "bf16", "max_num_seqs": 32}
+    result = tune_serving(space, predict, predict, slo, baseline=baseline, confirm=2)
+    assert result.best.knobs["token_budget"] == "slo"
+    fixed = [c.predicted["attainment"] for c in result.predicted if c.knobs.get("token_budget") != "slo"]
+    assert result.best.values["attainment"] > max(fixed) + 0.1
+    with pytest.raises(ConfigurationError, match="hand in a fitted cost"):
+        policy_for({"token_budget": "slo"}, slo, None)

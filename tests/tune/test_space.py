@@ -52,6 +52,8 @@ def test_token_budget_is_a_knob_of_budgeted_policies_only() -> None:
     space = serving_space(policies=("prefill-first", "stall-free"), token_budgets=(2, 4, 8), max_num_seqs=(4,))
     # a budget of 2 cannot feed 4 sequences
     assert [p.get("token_budget") for p in space.points() if p["precision"] == "bf16"] == [None, 4, 8]
+    usual = serving_space(precisions=("bf16",), max_num_seqs=(64,))
+    assert [p["token_budget"] for p in usual.points()] == [64, 128, 256, 512, "slo"]
 
 
 def test_a_spiking_network_may_run_for_fewer_timesteps():

@@ -7,6 +7,7 @@ confirmed by replaying the same workload on the engine in this process, in real 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,11 @@ __all__ = ["replay_in_engine", "search", "tune_server"]
 
 def replay_in_engine(
     model: Any, point: Point, load: Workload, slo: SLO, *, blocks: int, clock: Clock | None = None, seed: int = 0,
-    draft: str | None = None,
+    draft: str | None = None, cost: IterationCost | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Serve ``load`` on a fresh engine with the knobs of ``point``, in the workload's own time; the values measured.
+
+    ``cost`` of a step is needed where the token budget follows from the SLO.
 
     Prompts are library code where the model reads text: what guesses are worth depends on the text.
     """
@@ -35,15 +38,13 @@ def replay_in_engine(
     from hasten.language.speculate.choose import choose
     from hasten.serve.engine import Engine
     from hasten.serve.metrics import summarise
-    from hasten.serve.policy import make
     from hasten.tune.guessing import policy_of, prompts_for
-    from hasten.tune.serving import values_of
+    from hasten.tune.serving import policy_for, values_of
 
     clock = clock or MonotonicClock()
     if hasattr(model.executor, "keep_cache_in"):
         model.executor.keep_cache_in(point.get("kv_precision", getattr(model, "kv_precision", "auto")))
-    knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
-    policy = make(point.get("policy", "stall-free"), **knobs)
+    policy = policy_for(point, slo, cost)
     proposer = choose(model, point.get("speculate", "off"), draft)
     engine = Engine(
         model, policy, num_blocks=blocks, clock=clock, proposer=proposer, speculation=policy_of(point),
@@ -203,8 +204,9 @@ def tune_server(
 
     def measure(point: Point) -> dict[str, float]:
         one = models[point["precision"]]
+        runtime = runtime_of(point)
         return replay_in_engine(
-            one, point, offered, slo, blocks=room[runtime_of(point)], clock=clock, seed=seed, draft=draft
+            one, point, offered, slo, blocks=room[runtime], cost=known[runtime], clock=clock, seed=seed, draft=draft
         )
 
     space = serving_space(precisions=precisions)
@@ -213,7 +215,7 @@ def tune_server(
     if words:
         counts = Knob("guesses", tuple(guesses), lambda point: point["speculate"] != "off")
         space = Space((*space.knobs, Knob("speculate", tuple(speculate)), counts), space.allowed)
-    return tune_serving(
+    result = tune_serving(
         space,
         simulated(known, offered, slo, blocks=room, overhead=overhead, guessing=guessing),
         measure,
@@ -226,3 +228,4 @@ def tune_server(
         clock=clock,
         progress=lambda stage, share: told(stage, 0.4 + 0.6 * share),
     )
+    return replace(result, costs=known)

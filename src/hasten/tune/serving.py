@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,16 @@ from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError
 from hasten.tune.frontier import Axis, Candidate, Frontier
 from hasten.tune.search import Outcome, Search
-from hasten.tune.space import Knob, Point, Space, key_of
+from hasten.tune.space import PER_STEP, Knob, Point, Space, key_of
 
 if TYPE_CHECKING:
     from hasten.serve.cost import IterationCost
     from hasten.serve.metrics import ServingMetrics
+    from hasten.serve.policy import Policy
     from hasten.serve.workload import Workload
     from hasten.tune.guessing import Guessing
 
-__all__ = ["ServingResult", "simulated", "tune_serving", "values_of"]
+__all__ = ["ServingResult", "policy_for", "simulated", "tune_serving", "values_of"]
 
 AXES = (Axis("e2e@p99"), Axis("attainment", maximise=True, kind="ratio"))
 
@@ -42,6 +43,19 @@ def values_of(metrics: ServingMetrics) -> dict[str, float]:
         "itl@p99": metrics.itl.p99,
         "e2e@p99": metrics.e2e.p99,
     }
+
+
+def policy_for(point: Point, slo: SLO, cost: IterationCost | None, overhead: float = 0.0) -> Policy:
+    """The policy that a point names; ``overhead`` is what a step takes beside ``cost``, for budgets per step."""
+    from hasten.serve.policy import Pace, make
+
+    knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
+    if knobs.get("token_budget") == PER_STEP:
+        if cost is None:
+            raise ConfigurationError("a token budget per step needs the cost of a step; hand in a fitted cost")
+        pace = Pace.for_slo(replace(cost, m0=cost.m0 + overhead, a=cost.a + overhead), slo)
+        knobs |= {"token_budget": pace.ceiling(knobs.get("max_num_seqs", 128)), "pace": pace}
+    return make(point.get("policy", "stall-free"), **knobs)
 
 
 def simulated(
@@ -61,7 +75,6 @@ def simulated(
     where caches of equal memory have not equally many. The same policy object that would run in the engine runs here.
     ``guessing``: (precision, word of ``--speculate``) -> what was measured of it.
     """
-    from hasten.serve.policy import make
     from hasten.serve.simulate import Simulator
     from hasten.tune.kv_precision import runtime_of
 
@@ -70,8 +83,7 @@ def simulated(
         runtime = runtime_of({**point, "precision": precision})
         if runtime not in costs:
             raise ConfigurationError(f"no cost was fitted for {runtime!r}; known are {', '.join(costs)}")
-        knobs = {k: point[k] for k in ("token_budget", "max_num_seqs") if k in point}
-        policy = make(point.get("policy", "stall-free"), **knobs)
+        policy = policy_for(point, slo, costs[runtime], overhead)
         word, plan = point.get("speculate", "off"), None
         if word != "off":
             found = (guessing or {}).get((precision, word))
@@ -103,6 +115,8 @@ class ServingResult:
     """what was asked"""
     target: float = 0.99
     """attainment that counts as meeting the SLO"""
+    costs: Mapping[str, IterationCost] = field(default_factory=dict)
+    """what a step takes, by :func:`~hasten.tune.kv_precision.runtime_of` of a setting, where that was fitted"""
 
     @property
     def improved(self) -> bool:

@@ -180,16 +180,21 @@ def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
     return Recipe((technique,))
 
 
+PER_STEP = "slo"
+"""The token budget that follows in each step from the SLO and the batch, as in ``hasten serve --slo``."""
+
+
 def serving_space(
     *,
-    token_budgets: Sequence[int] = (32, 64, 128, 256, 512),
+    token_budgets: Sequence[int | str] = (32, 64, 128, 256, 512, PER_STEP),
     precisions: Sequence[str] = ("bf16", "int8"),
     max_num_seqs: Sequence[int] = (8, 16, 32, 64),
     policies: Sequence[str] = ("stall-free",),
 ) -> Space:
     """Knobs of a server: policy, tokens per step, precision of the weights, sequences that run together.
 
-    A step that has fewer tokens than there are decoding sequences starves some of them; such points are left out.
+    A token budget is a number or :data:`PER_STEP`. A step that has fewer tokens than there are decoding sequences
+    starves some of them; such points are left out.
     """
 
     def budgeted(point: Point) -> bool:
@@ -202,5 +207,7 @@ def serving_space(
             Knob("max_num_seqs", tuple(max_num_seqs)),
             Knob("token_budget", tuple(token_budgets), budgeted),
         ),
-        allowed=lambda point: point.get("token_budget", point["max_num_seqs"]) >= point["max_num_seqs"],
+        allowed=lambda point: (
+            point.get("token_budget") in (None, PER_STEP) or point["token_budget"] >= point["max_num_seqs"]
+        ),
     )

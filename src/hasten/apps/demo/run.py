@@ -96,6 +96,7 @@ def run(
 
     from hasten.language import load
     from hasten.serve.measurement import measure_language
+    from hasten.tune.kv_precision import runtime_of
     from hasten.tune.language import tune_server
 
     threads = threads or max(1, (os.cpu_count() or 2) - 1)
@@ -150,9 +151,10 @@ def run(
         with stages(console) as told:
             laps.append(
                 lap(
-                    name, model, knobs, objective.workload, objective.slo, blocks=blocks, threads=threads, progress=told
+                    name, model, knobs, objective.workload, objective.slo, blocks=blocks, threads=threads,
+                    progress=told, cost=tuning.costs.get(runtime_of(knobs)),
                 )
-            )
+            )  # fmt: skip
         console.print(f"{name}: {', '.join(f'{k} {v}' for k, v in knobs.items())}")
 
     console.rule("5. the verdict")
