@@ -95,10 +95,12 @@ def test_a_request_waits_while_its_decode_would_break_the_limit():
     assert len(plan_of(policy, [], [Sequence(8, 8.0, 900, 4)]).chunks) == 1
 
 
-def test_an_objective_on_every_gap_keeps_a_margin_for_what_the_fit_misses():
+def test_margins_are_what_the_fit_misses():
     cost = replace(COST, report=FitReport(40, 0.02, 10, 0.05, 0.25))
     assert Pace.for_slo(cost, SLO(itl="50ms")).limit == pytest.approx(0.04)
-    assert Pace.for_slo(cost, SLO(itl="50ms", tpot="30ms")).limit == pytest.approx(0.03)
+    assert Pace.for_slo(cost, SLO(itl="50ms", tpot="30ms")).limit == pytest.approx(0.03 / 1.05)
+    pace = Pace.for_slo(cost, SLO(ttft="1s"))
+    assert pace.share(99, [decoding(0, slo=SLO(tpot="42ms"))]).piece(0, 999) == 99
     assert Pace.for_slo(COST, SLO(itl="50ms")).limit == pytest.approx(0.05)
     assert Pace.for_slo(COST, SLO(ttft="1s")).limit == math.inf
 
@@ -109,7 +111,7 @@ def test_the_ceiling_is_a_prompt_alone_and_holds_a_token_for_each():
     assert Pace(COST).ceiling(32) == 2048
 
 
-@pytest.mark.parametrize("knobs", [{"limit": 0.0}, {"least": 0}, {"tile": 0}, {"margin": -0.1}])
+@pytest.mark.parametrize("knobs", [{"limit": 0.0}, {"least": 0}, {"tile": 0}, {"margin": -0.1}, {"drift": -1.0}])
 def test_bad_knobs(knobs):
     with pytest.raises(ConfigurationError, match=next(iter(knobs))):
         Pace(COST, **knobs)

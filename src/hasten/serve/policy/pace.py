@@ -47,24 +47,31 @@ class Pace:
     tile: int = 16
     """a step of more tokens is rounded down to this multiple, since kernels pay whole tiles"""
     margin: float = 0.0
-    """share by which a step may take longer than predicted; an ITL is kept by every step, a TPOT on average only, so
-    that limits on ITL are lowered by it"""
+    """share by which one step may take longer than predicted; limits on ITL, kept by every step, are lowered by it"""
+    drift: float = 0.0
+    """share by which many steps together may; limits on TPOT, a mean over steps, are lowered by it"""
 
     def __post_init__(self) -> None:
         require(self.limit > 0, f"the limit of a step is {self.limit} s; it must be above 0")
-        require(self.margin >= 0, f"the margin is {self.margin}; it is a share of at least 0")
+        for name in ("margin", "drift"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it is a share of at least 0")
         require(self.least >= 1 and self.tile >= 1, f"least is {self.least} and tile {self.tile}; both are at least 1")
 
     @classmethod
     def for_slo(cls, cost: IterationCost, slo: SLO) -> Pace:
-        """The pace that keeps the objectives on TPOT and ITL, with a margin of what the fit misses by (P90)."""
-        missed = inf if cost.report is None else cost.report.holdout_p90_relative_error
-        pace = cls(cost, margin=min(missed, 0.5) if missed < inf else 0.0)
+        """The pace that keeps the objectives on TPOT and ITL.
+
+        Margins are what the fit missed on batches that it had not seen: P90 for one step, the median for many.
+        """
+        pace, report = cls(cost), cost.report
+        if report is not None and report.num_holdout:
+            margin, drift = report.holdout_p90_relative_error, report.holdout_median_relative_error
+            pace = replace(pace, margin=min(margin, 0.5), drift=min(drift, 0.5))
         return replace(pace, limit=pace.between(slo))
 
     def between(self, slo: SLO) -> float:
-        """Seconds that a step may take for a request with this objective."""
-        tpot = inf if slo.tpot is None else slo.tpot.limit
+        """Seconds that a step may be predicted to take for a request with this objective."""
+        tpot = inf if slo.tpot is None else slo.tpot.limit / (1 + self.drift)
         return tpot if slo.itl is None else min(tpot, slo.itl.limit / (1 + self.margin))
 
     def ceiling(self, at_least: int, at_most: int = 2048) -> int:
