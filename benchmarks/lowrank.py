@@ -68,8 +68,11 @@ def decoder(rules: Protocol) -> list[dict[str, Any]]:
 
 
 def adaptive(rules: Protocol) -> list[dict[str, Any]]:
-    """A vision transformer of 50 tokens whose feed-forwards run a quarter of their learners, chosen by random gates."""
-    from hasten.compress.acm import ACM, set_budget
+    """A vision transformer of 50 tokens whose feed-forwards run a quarter of their learners, chosen by random gates.
+
+    From how many tokens on gates are asked is measured before.
+    """
+    from hasten.compress.acm import ACM, measure_gates, set_budget
     from hasten.studies._vision_models import VisionTransformer
 
     rows = []
@@ -80,6 +83,7 @@ def adaptive(rules: Protocol) -> list[dict[str, Any]]:
         technique = ACM(targets=("layers.*.up>down",), epochs=1, gate_epochs=1, tune_epochs=0)
         small = technique(model, [images[:8]])
         set_budget(small, [images[:64]], 0.25)
+        measure_gates(small)
         for count in (1, 64, 256):
             calls = {"unchanged": partial(model, images[:count]), "adaptive, 25 %": partial(small, images[:count])}
             rows += _turns(f"ViT of width {width}, batch {count}", calls, rules)

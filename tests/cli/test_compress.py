@@ -60,6 +60,7 @@ def test_keeping_a_quality(text, tmp_path, monkeypatch):
         (["--keep", "0.9"], "--data FILE"),
         (["--scheme", "W5B3"], "no scheme"),
         (["--scheme", "W4A16", "--data", "/nowhere.txt"], "cannot be read"),
+        (["--scheme", "W4A16", "--skip", "nosuch*"], "no layer is called 'nosuch*'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, tmp_path):
@@ -80,3 +81,42 @@ def test_text_that_is_none(tmp_path):
     (tmp_path / "small").mkdir()
     done = run("pycode-draft-0.7m", "--scheme", "W4A16", "--out", tmp_path / "small")
     assert "exists already" in str(done.exception)
+
+
+def test_latent_attention(text, tmp_path):
+    """The same tokens without a size; half the cache and the cost of it with one; the folder loads."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    done = run("pycode-draft-0.7m", "--technique", "mla", "--out", whole)
+    assert done.exit_code == 0, done.output
+    assert "the same function" in done.output
+    cut = ("--technique", "mla", "--kv-rank", 16, "--rope-dims", 16, "--data", text, "--sequences", 8)
+    done = run("pycode-draft-0.7m", *cut, "--length", 128, "--out", half, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout[done.stdout.index("{") :])
+    layers = load("pycode-draft-0.7m").config.num_layers
+    assert told["cache_bytes_per_token_after"] == 2 * layers * 32 < told["cache_bytes_per_token_before"]
+    assert told["perplexity_after"] > told["perplexity_before"] > 1
+    model, latent = (load(m, dtype="fp32") for m in ("pycode-draft-0.7m", whole))
+    assert latent.generate("import os", max_tokens=6).text == model.generate("import os", max_tokens=6).text
+    assert load(half).executor.bytes_per_token == told["cache_bytes_per_token_after"]
+    for made, said in ((("--technique", "mla"), "attention already"), (("--scheme", "W8A16"), "--dtype int8")):
+        done = run(half, *made, "--out", tmp_path / "again")
+        assert isinstance(done.exception, ConfigurationError)
+        assert said in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--technique", "mla", "--kv-rank", "16"], "give --data FILE"),
+        (["--technique", "pruning"], "--technique is pruning"),
+        (["--scheme", "W4A16", "--rope-dims", "16"], "add it"),
+        (["--technique", "mla", "--keep", "0.9"], "one thing"),
+    ],
+)
+def test_bad_input_of_latent_attention(tmp_path, arguments, said):
+    done = run("pycode-draft-0.7m", *arguments, "--out", tmp_path / "out")
+    assert done.exit_code != 0
+    assert isinstance(done.exception, ConfigurationError)
+    assert said in str(done.exception)
+    assert not (tmp_path / "out").exists()

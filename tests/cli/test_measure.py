@@ -38,6 +38,7 @@ def _roofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made_for_the_test.py").write_text(
         "import torch\ndef tiny():\n    return torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())\n"
         "def number():\n    return 3\n"
+        "def broken():\n    raise RuntimeError('no weights\\nhere')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -95,6 +96,7 @@ def test_the_report_of_a_language_model(tmp_path: Path) -> None:
         ("no.such.module:x", "was not found"),
         ("made_for_the_test:y", "was not found"),
         ("made_for_the_test:number", "int"),
+        ("made_for_the_test:broken", "RuntimeError: no weights\\); call it"),
     ],
 )
 def test_bad_targets(target: str, message: str) -> None:

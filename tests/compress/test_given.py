@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.compress import Clustering, MagnitudePruning, Quantize, TruncatedSvd, WeightPrecision
+from hasten.compress import Clustering, MagnitudePruning, Quantize, TruncatedSvd, WeightPrecision, given
 from hasten.compress.acm import ACM
 from hasten.compress.deep import DeepCompression
 from hasten.compress.given import run_example
@@ -93,3 +93,21 @@ def test_an_example_without_a_number() -> None:
     assert run_example(_model(), torch.zeros(2, 64), 3).shape == (2, 64)
     with pytest.raises(DataError, match="calibration input 3 of shape str does not fit the model"):
         run_example(_model(), "text", 3)
+
+
+def test_what_a_search_is_given_is_looked_at_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    given.finite_parameters(model, "tuned")
+    given.answers(model, torch.zeros(2, 4))
+    with pytest.raises(ConfigurationError, match="calibration holds no input; give at least one"):
+        given.finite_examples([], "calibration")
+    with pytest.raises(DataError, match=r"data\[1\] holds NaN or infinity"):
+        given.finite_examples([torch.zeros(2), torch.tensor([torch.nan])], "data")
+    with pytest.raises(DataError, match=r"data\[0\] of shape \(2, 3\) does not fit the model"):
+        given.answers(model, torch.zeros(2, 3))
+    with torch.no_grad():
+        model[1].running_var[2] = torch.nan  # type: ignore[index,union-attr]
+    with pytest.raises(ConfigurationError, match=r"1\.running_var holds NaN; repair the model before it is tuned"):
+        given.finite_parameters(model, "tuned")
+    with pytest.raises(ConfigurationError, match=r"answers data\[0\] with NaN"):
+        given.answers(model, torch.zeros(2, 4))

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from hasten.compress import ToMLA
+from hasten.compress.mla import _missed
 from hasten.errors import ConfigurationError
-from hasten.language import Decoder, DecoderConfig, RaggedBatch, load
+from hasten.language import Decoder, DecoderConfig, RaggedBatch, latent, load
+from hasten.language.kernels_paged import paged_kernel_takes
 from hasten.language.latent import LatentExecutor, save
 from hasten.language.loading import LanguageModel
 from hasten.language.params import SamplingParams
+from hasten.nn import rotary_frequencies
 from hasten.nn.latent import LatentAttention
 from hasten.serve.engine import Engine
 from hasten.serve.policy import make
@@ -101,6 +104,23 @@ def test_runtime_is_the_module_in_pieces_and_step_by_step(technique, options):
     assert cache.bytes == executor.bytes_per_token * 48
 
 
+@pytest.mark.skipif(not paged_kernel_takes(16, 32), reason="no vector arithmetic on bfloat16 here")
+@pytest.mark.parametrize("technique", [ToMLA(), ToMLA(kv_rank=16, rope_dims=16)])
+def test_whole_pages_are_attended_as_shares_of_the_context_are(technique, monkeypatch):
+    """In bfloat16 few rows go through the kernel for pages of keys as wide as values; its rounding is another."""
+    model = load("pycode-draft-0.7m")
+    small = technique(model.decoder.float(), [TOKENS])
+    rows = []
+    for few in (latent._FEW_ROWS, 0):
+        monkeypatch.setattr(latent, "_FEW_ROWS", few)
+        executor = LatentExecutor(small, precision="bf16")
+        cache, table = executor.new_cache(9, 16), list(range(8, -1, -1))
+        executor.step(RaggedBatch.build([(list(range(5, 105)), 0, table)]), cache)
+        rows.append(executor.step(RaggedBatch.build([([7, 8, 9], 100, table)], "all"), cache))
+    assert rows[0].isfinite().all()
+    torch.testing.assert_close(rows[0], rows[1], atol=0.15, rtol=0.05)
+
+
 def test_a_larger_rank_keeps_more():
     """Outputs against the original on tokens that the fit did not see."""
     model = decoder(2)
@@ -118,6 +138,31 @@ def test_a_larger_rank_keeps_more():
     assert "less" in found.report.notes[0]
     auto = ToMLA(kv_rank=8, rope_dims=8, freqfold="auto")(model, [TOKENS])
     assert any("freqfold" in note for note in auto.report.notes)
+
+
+def test_the_rotation_stays_where_it_would_be_missed():
+    """Pairs that hardly turn within the context lose it first, however strong they are."""
+    model = decoder(1)
+    rates, _ = rotary_frequencies(8, model.config.rope_theta, model.config.rope_scaling)
+    missed = _missed(model.config, local=False, context=40)
+    assert missed[3] < 0.001 < missed[2] < missed[:2].min()
+    assert (rates[3] * 40) < 0.1  # the slowest pair
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data[[3, 7]] *= 4  # the strongest as well
+    small = ToMLA(kv_rank=10, rope_dims=6)(model, [TOKENS])
+    assert [layer.self_attn.pairs.tolist() for layer in small.model.layers] == [[0, 1, 2]] * 2
+
+
+def test_balance_looks_at_channels():
+    """Keys as large as values, channel by channel: balanced and unbalanced are the same, though keys are fewer."""
+    model = decoder(1)
+    for layer in model.model.layers:
+        rows = torch.randn(8, 32, generator=torch.Generator().manual_seed(5))
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        layer.self_attn.k_proj.weight.data[:] = layer.self_attn.v_proj.weight.data[:] = rows
+    pair = [ToMLA(kv_rank=5, rope_dims=2, balance=b, by_data=False)(model) for b in (True, False)]
+    with torch.no_grad():
+        torch.testing.assert_close(pair[0](TOKENS), pair[1](TOKENS), atol=1e-4, rtol=1e-4)
 
 
 def test_the_server_gives_the_same_tokens_and_says_what_a_token_takes(tmp_path):

@@ -96,14 +96,47 @@ def test_layers_may_differ_and_transformers_names_them(source, tmp_path):
     assert again.executor.step(RaggedBatch.build([([1, 2], 0, [0])]), again.executor.new_cache(1)).shape == (1, 96)
 
 
-def test_transformers_reads_it(source, tmp_path):
+def greedy(executor, prompt, count):
+    """The likeliest tokens one after the other."""
+    cache, tokens = executor.new_cache(2, 16), list(prompt)
+    done = 0
+    while len(tokens) < len(prompt) + count:
+        logits = executor.step(RaggedBatch.build([(tokens[done:], done, [0, 1])]), cache)
+        done = len(tokens)
+        tokens.append(int(logits[0].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16"])
+def test_transformers_reads_it(scheme, source, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     pytest.importorskip("loguru")
-    small, again, _ = written(source, Quantize.scheme("W4A16", skip=("lm_head",), real="never"), tmp_path)
+    small, again, _ = written(source, Quantize.scheme(scheme, skip=("lm_head",), real="never"), tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(again.folder, dtype=torch.float32).eval()
+    prompt = IDS[0, :7].tolist()
+    free = transformers.GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=0)  # no token ends the text
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, small(IDS), atol=1e-4, rtol=1e-4)
+        given = torch.tensor([prompt])
+        whole = model.generate(given, attention_mask=torch.ones_like(given), generation_config=free)[0].tolist()
+        theirs = model(torch.tensor([whole])).logits[0]
+    assert whole[:7] == prompt
+    assert len(whole) == 7 + 16
+    assert len(set(whole[7:])) > 4  # one token over and over would say little
+    first, second = theirs[6:-1].topk(2).values.unbind(1)
+    # plain weights (a code times its scale is kept in bfloat16) and the codes themselves, in the runtime
+    for dtype, allowed in (("fp32", 2e-3), ("auto", 0.03)):
+        lm = load(again.folder, dtype=dtype)
+        mine = lm.executor.step(RaggedBatch.build([(whole, 0, [0, 1])], logits="all"), lm.executor.new_cache(2, 16))
+        gap = mine - theirs
+        assert float(gap.norm() / theirs.norm()) < allowed
+        clear = first - second > 2 * gap[6:-1].abs().amax(1)  # rounding cannot decide there
+        assert int(clear.sum()) >= 4
+        assert torch.equal(mine[6:-1].argmax(1)[clear], torch.tensor(whole[7:])[clear])
+        sure = [*clear.tolist(), False].index(False)
+        assert greedy(lm.executor, prompt, sure) == whole[7 : 7 + sure]
+        assert sure >= 4 or dtype == "auto"
 
 
 def test_damage_and_mistakes_are_one_line(source, tmp_path):

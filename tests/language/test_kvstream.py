@@ -217,3 +217,13 @@ def test_names_and_foreign_contexts_are_refused(stored, tmp_path):
     with pytest.raises(ConfigurationError):
         store.put("short", codec, capture(model, tokens[:4]), tokens[:5])
     assert np.isfinite(codec.spread).all()
+
+
+def test_a_context_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(DataError, match="encode one first"):
+        store.index("doc")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").write_text("{}")
+    with pytest.raises(DataError, match="contexts that it has: other"):
+        store.index("doc")

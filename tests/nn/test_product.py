@@ -111,7 +111,9 @@ def test_output_in_bfloat16_is_the_rounded_float32(precision):
 
 
 @pytest.mark.skipif(not tiles.granted(), reason="this processor has no matrix tiles")
-@pytest.mark.parametrize(("rows", "out", "inner"), [(16, 64, 64), (17, 70, 34), (47, 130, 1100), (113, 16, 96)])
+@pytest.mark.parametrize(
+    ("rows", "out", "inner"), [(16, 64, 64), (17, 70, 34), (47, 130, 1100), (113, 16, 96), (81, 64, 160)]
+)
 def test_tiles_give_the_product(rows, out, inner):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inner, generator=generator).bfloat16()
@@ -125,7 +127,7 @@ def test_tiles_give_the_product(rows, out, inner):
 
 
 @pytest.mark.skipif(not tiles.granted(), reason="this processor has no matrix tiles")
-@pytest.mark.parametrize(("rows", "out", "inner"), [(16, 64, 128), (45, 130, 384), (130, 70, 256)])
+@pytest.mark.parametrize(("rows", "out", "inner"), [(16, 64, 128), (45, 130, 384), (130, 70, 256), (81, 64, 704)])
 def test_tiles_of_bytes_give_the_same_bits(rows, out, inner):
     from hasten.nn.product import int8
 

@@ -1,4 +1,4 @@
-"""``hasten compress``: a language model as a folder in fewer bits."""
+"""``hasten compress``: a language model as a folder in fewer bits, or with a smaller cache."""
 
 from __future__ import annotations
 
@@ -35,9 +35,23 @@ def compress(
         bool, typer.Option("--gptq/--round", help="Error-compensated rounding, where there is text.")
     ] = True,
     tokens: Annotated[int, typer.Option("--tokens", help="With --keep: rows that a layer sees in a step.")] = 1,
+    technique: Annotated[
+        str | None,
+        typer.Option("--technique", help="mla: latent attention; exact, or a smaller cache with the next two."),
+    ] = None,
+    kv_rank: Annotated[
+        float | None, typer.Option("--kv-rank", help="With mla: numbers of the latent, or a share below 1.")
+    ] = None,
+    rope_dims: Annotated[
+        int | None, typer.Option("--rope-dims", help="With mla: numbers that keep their rotation, shared by all heads.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantise a language model; `hasten serve` and transformers load the folder."""
+    """Quantise a language model, or make its cache smaller; `hasten serve` loads the folder.
+
+    --scheme W4A16 for one format, --keep 0.99 for a width for each layer: transformers reads these too.
+    --technique mla for latent attention: the same tokens, and with --kv-rank and --rope-dims a smaller cache.
+    """
     from rich.console import Console
     from rich.markup import escape
 
@@ -48,8 +62,14 @@ def compress(
     from hasten.language.compressing import TextSample, by_scheme, keeping, read_texts
 
     console = Console(stderr=json)
-    if (scheme is None) == (keep is None):
-        raise ConfigurationError("say what to make: --scheme W4A16, or --keep 0.99 for a width for each layer")
+    if [scheme, keep, technique].count(None) != 2:
+        raise ConfigurationError(
+            "say what to make, one thing: --scheme W4A16, or --keep 0.99 for a width for each layer, or --technique mla"
+        )
+    if technique not in (None, "mla"):
+        raise ConfigurationError(f"--technique is {technique}; here it may be mla, others: hasten tune MODULE --also")
+    if technique is None and (kv_rank is not None or rope_dims is not None):
+        raise ConfigurationError("--kv-rank and --rope-dims size the cache of --technique mla; add it")
     if keep is not None and data is None:
         raise ConfigurationError("--keep measures the quality on text; give --data FILE")
     if out.exists():
@@ -58,6 +78,9 @@ def compress(
     if loaded.folder is None:
         raise ConfigurationError(f"{model} has random weights and no folder; give a model folder")
     patterns = tuple(skip) if skip else ("lm_head",)
+    if technique is not None:
+        _smaller_cache(console, loaded, out, data, (sequences, length), kv_rank, rope_dims, json)
+        return
     with stages(console) as told:
         sample = None
         if data is not None:
@@ -82,6 +105,49 @@ def compress(
     if settings["quant_method"] == "hasten":
         console.print("this format is read by hasten alone; transformers reads symmetric 4 and 8 bits")
     console.print(f"[bold]{escape(_verdict(result, before, after))}[/]")
+    console.print(f"serve it: hasten serve {out}")
+
+
+def _smaller_cache(
+    console: Any, loaded: Any, out: Path, data: Path | None, cut: tuple[int, int], kv_rank: float | None,
+    rope_dims: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Latent attention as a folder, and what a token takes; ``cut``: pieces of the text and their tokens."""
+    from rich.markup import escape
+
+    from hasten.cli.progress import stages
+    from hasten.compress import ToMLA
+    from hasten.language.compressing import TextSample, read_texts
+    from hasten.language.compressing_cache import smaller_cache
+
+    whole = kv_rank is None or kv_rank < 1
+    made = ToMLA(kv_rank=kv_rank if whole else int(kv_rank or 0), rope_dims=rope_dims)
+    with stages(console) as told:
+        told("reading the text", 0.05)
+        sample = None if data is None else TextSample.of(loaded, read_texts(data), most=cut[0], length=cut[1])
+        told("converting", 0.2)
+        result = smaller_cache(loaded, made, sample)
+        told("writing", 0.97)
+        result.write(loaded.folder, out)
+    before, after = result.bytes_per_token
+    if as_json:
+        import json as encoder
+
+        old, new = result.perplexity or (None, None)
+        content = {
+            "folder": str(out), "cache_bytes_per_token_before": before, "cache_bytes_per_token_after": after,
+            "exact": made.level == 0, "perplexity_before": old, "perplexity_after": new, "kept": result.kept,
+            "notes": list(result.report.notes),
+        }  # fmt: skip
+        print(encoder.dumps(content, ensure_ascii=False))
+        return
+    for note in result.report.notes:
+        console.print(note, style="dim", markup=False)
+    text = f"{before:,} bytes of cache a token -> {after:,}"
+    text += "; the same function" if made.level == 0 else ""
+    if result.perplexity is not None:
+        text += f"; perplexity {result.perplexity[0]:.3f} -> {result.perplexity[1]:.3f} on held-out text"
+    console.print(f"[bold]{escape(text)}[/]")
     console.print(f"serve it: hasten serve {out}")
 
 

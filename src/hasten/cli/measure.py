@@ -91,7 +91,13 @@ def build(target: str) -> Any:
         found = getattr(importlib.import_module(place), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{target!r} was not found ({error}); write package.module:factory") from error
-    made = found if isinstance(found, torch.nn.Module) else found()
+    try:
+        made = found if isinstance(found, torch.nn.Module) else found()
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise ConfigurationError(
+            f"{target!r} failed ({type(error).__name__}: {said[0]}); call it by itself to see where"
+        ) from error
     if not callable(made):
         raise ConfigurationError(f"{target!r} gave a {type(made).__name__}; the factory returns a module or a callable")
     return made

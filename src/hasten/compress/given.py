@@ -5,6 +5,7 @@ Each error is one line that names the layer or the example and what to do about 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from hasten.errors import ConfigurationError, DataError, HastenError
 from hasten.measure.counting import call
 
-__all__ = ["finite_parameters", "finite_weight", "run_example"]
+__all__ = ["answers", "finite_example", "finite_examples", "finite_parameters", "finite_weight", "run_example"]
 
 
 def finite_weight(path: str, weight: Tensor) -> None:
@@ -30,21 +31,44 @@ def finite_weight(path: str, weight: Tensor) -> None:
 
 
 def finite_parameters(model: nn.Module, purpose: str) -> None:
-    """As :func:`finite_weight` for every parameter; ``purpose`` such as ``tuned`` ends the sentence."""
+    """As :func:`finite_weight` for every parameter and running statistic; ``purpose`` such as ``tuned`` ends the
+    sentence. Buffers may hold infinity (masks do), but no NaN."""
     for path, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
             raise ConfigurationError(f"{path} holds NaN or infinity; repair the model before it is {purpose}")
+    for path, buffer in model.named_buffers():
+        if buffer.device.type != "meta" and buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise ConfigurationError(f"{path} holds NaN; repair the model before it is {purpose}")
 
 
-def run_example(model: nn.Module, example: Any, index: int | None = None) -> Any:
-    """One forward pass in the modes that are set, ``index`` being the example's.
+def finite_example(example: Any, which: str = "a calibration input") -> None:
+    """Raises :class:`~hasten.errors.DataError` where an example holds NaN or infinity.
 
-    Raises :class:`~hasten.errors.DataError` where the example holds NaN or infinity, or the model does not take it.
+    >>> finite_example(torch.tensor([1.0, float("inf")]), "calibration input 3")
+    Traceback (most recent call last):
+    ...
+    hasten.errors.DataError: calibration input 3 holds NaN or infinity; remove or repair it
     """
-    which = "a calibration input" if index is None else f"calibration input {index}"
     for leaf in pytree.tree_leaves(example):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise DataError(f"{which} holds NaN or infinity; remove or repair it")
+
+
+def finite_examples(examples: Sequence[Any], name: str) -> None:
+    """As :func:`finite_example` for each; raises :class:`~hasten.errors.ConfigurationError` where there is none."""
+    if not len(examples):
+        raise ConfigurationError(f"{name} holds no input; give at least one, or leave it out")
+    for index, example in enumerate(examples):
+        finite_example(example, f"{name}[{index}]")
+
+
+def run_example(model: nn.Module, example: Any, index: int | None = None, *, which: str = "") -> Any:
+    """One forward pass in the modes that are set, ``index`` being the example's (or ``which`` its name).
+
+    Raises :class:`~hasten.errors.DataError` where the example holds NaN or infinity, or the model does not take it.
+    """
+    which = which or ("a calibration input" if index is None else f"calibration input {index}")
+    finite_example(example, which)
     try:
         return call(model, example)
     except HastenError:
@@ -55,6 +79,17 @@ def run_example(model: nn.Module, example: Any, index: int | None = None) -> Any
             f"{which} of shape {_shapes(example)} does not fit the model ({first}); give inputs as "
             "the model is called with"
         ) from error
+
+
+def answers(model: nn.Module, example: Any) -> None:
+    """Raises one line where the model does not take the first example, or gives NaN for it."""
+    with torch.inference_mode():
+        made = run_example(model, example, which="data[0]")
+    for leaf in pytree.tree_leaves(made):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
+            raise ConfigurationError(
+                "the unchanged model answers data[0] with NaN, so no quality can be kept; repair the model or the data"
+            )
 
 
 def _shapes(example: Any) -> str:

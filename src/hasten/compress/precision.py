@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hasten.clock import Clock
 from hasten.compress import kernels
 from hasten.compress.given import finite_weight, run_example
+from hasten.compress.replace import replace_module
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 
@@ -150,7 +151,7 @@ class WeightPrecision:
             if report.touched:
                 packed = PackedLinear.of(layer, report.action).train(layer.training)
                 report = _with_bytes(report, packed.packed_bytes)
-                clone = _put(clone, path, packed)
+                clone = replace_module(clone, path, packed)
             reports.append(report)
         measured = {}
         if calibration:
@@ -242,14 +243,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {identity for identity, count in owners.items() if count > 1}
-
-
-def _put(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
-    if not path:
-        return layer
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-    return model
 
 
 def _loss(model: nn.Module, other: nn.Module, calibration: Sequence[Any]) -> float:

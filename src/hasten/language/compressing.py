@@ -25,6 +25,7 @@ from hasten.compress.quantize.bisect import BisectPrecision
 from hasten.compress.quantize.layer_latency import layer_latency
 from hasten.compress.technique import TechniqueReport
 from hasten.errors import ConfigurationError, DataError
+from hasten.language.latent import is_latent
 
 if TYPE_CHECKING:
     from hasten.language.loading import LanguageModel
@@ -145,6 +146,11 @@ def float_decoder(model: LanguageModel) -> nn.Module:
     if model.folder is not None and is_compressed(model.folder):
         raise ConfigurationError(f"{model.name} is compressed already; give the folder that it was made of")
     decoder = model.decoder
+    if is_latent(decoder):
+        raise ConfigurationError(
+            f"{model.name} has latent attention, which a folder of codes cannot hold; serve it with --dtype int8 or "
+            "int4, which quantises as it loads"
+        )
     if any(p.dtype is not torch.float32 for p in decoder.parameters()):
         decoder = copy.deepcopy(decoder).float()  # the caller's model keeps its precision
     return decoder.eval()
@@ -255,7 +261,11 @@ def _present(decoder: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     from fnmatch import fnmatchcase
 
     names = [n for n, m in decoder.named_modules() if isinstance(m, nn.Linear)]
-    return tuple(p for p in patterns if any(fnmatchcase(n, p) for n in names))
+    found = tuple(p for p in patterns if any(fnmatchcase(n, p) for n in names))
+    for pattern in patterns:
+        if pattern not in (*found, "lm_head"):  # a tied model has no head of its own, and that is asked for by default
+            raise ConfigurationError(f"no layer is called {pattern!r}; the model has {', '.join(names[:8])} …")
+    return found
 
 
 def _widths(small: nn.Module) -> dict[str, int]:

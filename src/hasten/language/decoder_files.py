@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def fill(decoder: Any, folder: Path, config: DecoderConfig) -> Any:
     try:
         decoder.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
+        line = textwrap.shorten(str(error).splitlines()[-1], 240, placeholder=" …")
         raise ModelLoadError(f"the weights in {folder} do not fit their config.json ({line})") from None
     if config.tie_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight

@@ -19,6 +19,7 @@ from hasten.language.kernels_codes import held, put_key, put_value, row_scale, w
 from hasten.language.kernels_paged import PAGE, attend_page, paged_kernel_takes
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.bfloat import FAST, exp, load, store
+from hasten.nn.gating import gated
 
 if TYPE_CHECKING:
     from hasten.language.placement import PlacedStep
@@ -152,19 +153,11 @@ def add_norm(residual: Tensor, x: Tensor, weight: Any, eps: float, dtype: torch.
     return out
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def gate_row(line: Any, gelu: bool, target: Any) -> None:
     """line (2 * inner,) holding gate and up -> target (inner,)."""
     inner = len(target)
-    if gelu:  # x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3) is x (1 + tanh u) / 2
-        for i in range(inner):
-            value = load(line[i])
-            u = np.float32(1.5957691216) * (value + np.float32(0.044715) * value * value * value)
-            store(target, i, value / (np.float32(1.0) + exp(-u)) * load(line[inner + i]))
-    else:
-        for i in range(inner):
-            value = load(line[i])
-            store(target, i, value / (np.float32(1.0) + exp(-value)) * load(line[inner + i]))
+    gated(line[:inner], line[inner:], gelu, target)
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")

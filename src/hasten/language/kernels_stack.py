@@ -19,7 +19,16 @@ from numba.extending import intrinsic
 from hasten.language.kernels_cpu import attend_pages, copy_slots, gate_row, place_token
 from hasten.nn.bfloat import FAST, bits_of_float, store
 from hasten.nn.product.blocks import GROUP, PANEL
-from hasten.nn.product.dispatch import BF16, array_at, forms_for, inputs_for, part, prepare_row
+from hasten.nn.product.dispatch import (
+    BF16,
+    array_at,
+    forms_for,
+    gated_part,
+    gates_in_place,
+    inputs_for,
+    part,
+    prepare_row,
+)
 from hasten.nn.product.tiles import FEWEST
 
 __all__ = ["GATE_UP", "DOWN", "OUT", "QKV", "run_stack"]
@@ -40,6 +49,18 @@ def _product(matrix: Any, inputs: Any, out: Any, threads: int) -> None:
     items = _items(matrix, out.shape[0])
     for thread in prange(threads):
         part(matrix, inputs, out, items * thread // threads, items * (thread + 1) // threads)
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _gated_product(matrix: Any, inputs: Any, gelu: bool, out: Any, threads: int) -> None:
+    items = _items(matrix, out.shape[0]) // 2
+    for thread in prange(threads):
+        gated_part(matrix, inputs, gelu, out, items * thread // threads, items * (thread + 1) // threads)
+
+
+@njit(cache=True)
+def _multiply_gated(matrix: Any, x: Any, forms: Any, gelu: bool, out: Any, threads: int) -> None:
+    _gated_product(matrix, inputs_for(x, forms), gelu, out, threads)
 
 
 @njit(cache=True)
@@ -166,7 +187,8 @@ def run_stack(
     qkv = np.empty((rows, matrices[0, QKV, 1]), np.float32)
     query = np.empty((rows, heads, width), np.uint16)
     attended = np.empty((rows, heads * width), np.uint16)
-    pair = np.empty((rows, matrices[0, GATE_UP, 1]), np.float32)
+    fused = gates_in_place(matrices[0, GATE_UP], rows)
+    pair = np.empty((0 if fused else rows, matrices[0, GATE_UP, 1]), np.float32)
     inner = np.empty((rows, matrices[0, DOWN, 2]), np.uint16)
     forms = forms_for(rows, widest)
     job = np.array(
@@ -210,8 +232,12 @@ def run_stack(
         _rows_for(attended, one[OUT], forms)
         _multiply(one[OUT], attended, forms, sums, threads)
         _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], forms)
-        _multiply(one[GATE_UP], h, forms, pair, threads)
-        _gates(pair, gelu, inner, one[DOWN], forms)
+        if fused:
+            _multiply_gated(one[GATE_UP], h, forms, gelu, inner, threads)
+            _rows_for(inner, one[DOWN], forms)
+        else:
+            _multiply(one[GATE_UP], h, forms, pair, threads)
+            _gates(pair, gelu, inner, one[DOWN], forms)
         _multiply(one[DOWN], inner, forms, sums, threads)
     count = len(wanted)
     some, more = np.empty((count, hidden), np.float32), np.empty((count, hidden), np.float32)

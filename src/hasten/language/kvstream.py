@@ -224,7 +224,11 @@ class Store:
         try:
             return (self.folder / relative).read_bytes()
         except OSError as error:
-            raise DataError(f"{relative!r} is not in the store {self.folder} ({error.strerror})") from None
+            known = sorted(p.parent.name for p in self.folder.glob("*/index.json"))
+            raise DataError(
+                f"{relative!r} is not in the store {self.folder} ({error.strerror}); "
+                f"contexts that it has: {', '.join(known[:8]) or 'none, encode one first'}"
+            ) from None
 
     def index(self, name: str) -> dict[str, Any]:
         """What ``put`` returned."""

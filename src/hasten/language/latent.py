@@ -22,11 +22,16 @@ from hasten.language.config import DecoderConfig
 from hasten.language.decoder import empty_decoder
 from hasten.language.decoder_files import fill, write_weights
 from hasten.language.executor import Executor, KVCache, _Layer
+from hasten.language.kernels_paged import paged_kernel_takes
 from hasten.language.placement import PlacedStep, chain_placement
 from hasten.language.ragged import RaggedBatch
 from hasten.nn.latent import LatentAttention
 
 __all__ = ["LatentExecutor", "is_latent", "latent_decoder", "save"]
+
+
+_FEW_ROWS = 16
+"""Rows of a sequence, on average, from which on attention takes shares of the context instead of row by row."""
 
 
 def is_latent(decoder: Any) -> bool:
@@ -110,10 +115,13 @@ class LatentExecutor(Executor):
             raise ConfigurationError(f"a KV cache of {size:.1f} GiB does not fit into memory; ask for less") from error
 
     def _placed(self, batch: RaggedBatch) -> PlacedStep:
+        rows = None
         if batch.placement is None:
+            if self.deterministic or batch.num_tokens < _FEW_ROWS * batch.num_chunks:
+                rows = kernels_cpu.prepare(batch)
             lengths = (batch.starts[1:] - batch.starts[:-1]).tolist()
             batch = replace(batch, placement=chain_placement(batch.contexts.tolist(), lengths))
-        return _LatentStep(batch, self)
+        return _LatentStep(batch, self, rows)
 
 
 class LatentCache(KVCache):
@@ -131,9 +139,10 @@ class LatentCache(KVCache):
 class _LatentStep(PlacedStep):
     """Places and attends in latent coordinates."""
 
-    def __init__(self, batch: RaggedBatch, executor: LatentExecutor) -> None:
+    def __init__(self, batch: RaggedBatch, executor: LatentExecutor, rows: Any) -> None:
+        """``rows``: the batch as the kernel for whole pages reads it, where it is few rows one behind the other."""
         super().__init__(batch)
-        self._executor = executor
+        self._executor, self._rows = executor, rows
         self._layer = 0
 
     def place(
@@ -164,8 +173,17 @@ class _LatentStep(PlacedStep):
     def attend(
         self, query: Tensor, keys: Any, values: Any, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        self.shift = self._executor._rope if self._executor._plain else 0
-        return super().attend(query, keys, values, scale, window, softcap)
+        executor = self._executor
+        width, deep = executor._key_width, executor._rank
+        even = executor._plain or width == deep
+        if self._rows is None or softcap is not None or not even or not paged_kernel_takes(keys.shape[2], width):
+            self.shift = executor._rope if executor._plain else 0
+            return super().attend(query, keys, values, scale, window, softcap)
+        # Values as wide as keys go through the kernel for whole pages; to sum the rotated part as well costs less.
+        full = kernels_cpu.attend(query, self._rows, keys, keys if executor._plain else values, scale, window, softcap)
+        if width == deep:
+            return full
+        return full.view(len(full), -1, width)[:, :, executor._rope :].reshape(len(full), -1)
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------

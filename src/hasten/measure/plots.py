@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from hasten.budget import format_quantity
 from hasten.errors import ConfigurationError
+from hasten.measure.labels import write_labels
 from hasten.measure.roofline import Point, Roofline
 
 if TYPE_CHECKING:
@@ -222,8 +223,8 @@ def frontier(
     kind_y: str = "ratio",
     limits: Mapping[str, float] | None = None,
 ) -> str:
-    """Candidates (name, x, y); those on the frontier are joined, the best one is ringed, ``limits`` are vertical
-    lines."""
+    """Candidates (name, x, y); those on the frontier are joined and named, the best one is ringed, ``limits`` are
+    vertical lines."""
     figure, axes = _figure()
     on = set(front)
     rest = [(x, y) for n, x, y in points if n not in on]
@@ -234,8 +235,6 @@ def frontier(
         axes.plot(
             [x for x, _, _ in line], [y for _, y, _ in line], "o-", color=COLOURS[0], markersize=6, label="frontier"
         )
-        for x, y, name in line:
-            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=_INK)
     for name, x, y in points:
         if name == best:
             axes.plot([x], [y], "o", markersize=14, markerfacecolor="none", markeredgecolor=COLOURS[1], label="best")
@@ -243,7 +242,14 @@ def frontier(
         axes.axvline(value, color=_INK, linestyle="--", linewidth=1.0, label=name)
     _axis_in(axes, "x", kind_x)
     _axis_in(axes, "y", kind_y)
-    return _finish(figure, axes, label_x, label_y, "frontier")
+    axes.margins(0.06)
+    axes.set_xlabel(label_x, color=_INK, fontsize=9.5)
+    axes.set_ylabel(label_y, color=_INK, fontsize=9.5)
+    if points:  # above the plot, where it covers no point
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=_INK)
+    if line:
+        write_labels(axes, [(n, x, y) for x, y, n in line], rest, colour=_INK)
+    return _svg(figure, "frontier")
 
 
 def lines(

@@ -249,16 +249,27 @@ def vision(scale: Scale) -> Iterator[Check]:
         "accuracy at budget 50 % less that of the original", mean["budget 0.5"] - mean["original"], -0.01, "",
         f"{shown}; {source}, {seeds} seeds",
     )  # fmt: skip
+    flat = ", ".join(f"{k} {v:.3f}" for k, v in _of_every_width(tuned[0.5], tx, ty).items())
     for name in ("fixed k", "narrower", "early exit"):
         note = (
             f"at {total:.0%} of the model's multiply-adds" if name == "early exit" else "same multiply-adds and epochs"
         )
         gain = mean["budget 0.5"] - mean[name]
+        each = ", ".join(f"{a - b:+.3f}" for a, b in zip(scores["budget 0.5"], scores[name], strict=True))
+        note = f"{note}; seed by seed {each}; the tuned model with as many learners for every token: {flat}"
         yield Check(f"accuracy at budget 50 % less that of {name}", gain, "", "> 0", gain > 0, note)
     scale.progress("what gates look at", 0.92)
     yield from _looks(base, tuned[0.5], tx, ty, size, patch, load_map)
     scale.progress("time", 0.95)
     yield from _times(scale, base, tuned[0.25], tx)
+
+
+def _of_every_width(model: Any, x: Any, y: Any) -> dict[int, float]:
+    """Accuracy with the same number of learners for every token: what width is worth here at all."""
+    from hasten.compress.acm import set_fixed
+    from hasten.studies._vision_models import accuracy
+
+    return {k: accuracy(set_fixed(copy.deepcopy(model), k), x, y) for k in (1, 2, 3, 4)}
 
 
 def _falling(base: Any, learners: Any, x: Any) -> list[bool]:
@@ -303,7 +314,8 @@ def _looks(base: Any, model: Any, x: Any, y: Any, size: int, patch: int, load_ma
     joined = torch.stack([each, losses.clamp(max=losses.quantile(0.99))])
     yield Check.at_least(
         "correlation of an image's learners with the original's loss", float(torch.corrcoef(joined)[0, 1]), 0.2, "",
-        f"{len(x)} unseen images; learners of an image {float(each.min()):.2f} to {float(each.max()):.2f}",
+        f"{len(x)} unseen images; learners of an image {float(each.min()):.2f} to {float(each.max()):.2f}; where width "
+        "hardly changes the loss, as here, its gradient tells gates nothing about which images are hard",
     )  # fmt: skip
     side = size // patch
     blank = x.unflatten(2, (side, patch)).unflatten(4, (side, patch)).amax((1, 3, 5)).flatten(1) < 0.05
@@ -318,7 +330,7 @@ def _times(scale: Scale, base: Any, model: Any, x: Any) -> Iterator[Check]:
     """The trained model, and one of the width that is called tiny, whose gates lean to the same share untrained."""
     import torch
 
-    from hasten.compress.acm import ACM, executed_share, set_budget
+    from hasten.compress.acm import ACM, executed_share, measure_gates, set_budget, set_fixed
     from hasten.measure import Protocol, compare
     from hasten.studies._vision_models import VisionTransformer
 
@@ -330,17 +342,23 @@ def _times(scale: Scale, base: Any, model: Any, x: Any) -> Iterator[Check]:
     set_budget(lean, [x[:32]], 0.25)
     for name, one, other in (("trained, width 64", base, model), ("ViT-tiny's width 192, untrained", wide, lean)):
         notes, gain, share = [], {}, 0.0
+        fewest = max(measure_gates(other).values())
+        bare = set_fixed(copy.deepcopy(other), 0)
         with torch.inference_mode():
             for batch in (1, 64):
                 rows = x[:batch]
                 found = compare(
-                    {"original": partial(one, rows), "adaptive": partial(other, rows)},
+                    {"original": partial(one, rows), "adaptive": partial(other, rows), "bare": partial(bare, rows)},
                     Protocol(warmup=3, warmup_time=0.0, min_samples=rounds, max_samples=rounds, min_time=0.0),
                 )
                 gain[batch] = found.speedup("adaptive").value
                 times = [s.median * 1e3 for s in found.samples.values()]
-                notes.append(f"batch {batch}: {times[0]:.2f} to {times[1]:.2f} ms ({gain[batch]:.2f}×)")
+                notes.append(
+                    f"batch {batch}: {times[0]:.2f} to {times[1]:.2f} ms ({gain[batch]:.2f}×; without any feed-forward "
+                    f"it would be {found.speedup('bare').value:.2f}×)"
+                )
             share = executed_share(other)
+        notes.append(f"gates are asked from {fewest} tokens on")
         yield Check.at_least(
             f"speed over the original at budget 25 %, batch 64, {name}", gain[64], 1.3, "×",
             f"{'; '.join(notes)}; {share:.0%} of the adaptive layers' multiply-adds",

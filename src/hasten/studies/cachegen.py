@@ -239,9 +239,10 @@ def continuations(model: Any, codec: Any, held: list[list[int]], scale: Scale) -
     from hasten.language.kvvalues import capture, write_cache
     from hasten.language.speculate.session import Session
 
-    same = total = 0
+    same = total = chosen = 0
     for tokens in held:
-        line = []
+        line: list[list[int]] = []
+        count = scale.choose(quick=24, full=64)
         for coded in (False, True):
             session = Session(model.executor, len(tokens) + 80)
             if coded:
@@ -250,14 +251,25 @@ def continuations(model: Any, codec: Any, held: list[list[int]], scale: Scale) -
                 session.done = len(tokens) - 81
             else:
                 session.feed(tokens[:-81])
-            out, token = [], tokens[-81]
-            for _ in range(scale.choose(quick=24, full=64)):
+            out, token, begin = [], tokens[-81], session.done
+            for _ in range(count):
                 token = int(session.feed([token])[0].argmax())
                 out.append(token)
+            if coded:  # and what it would choose at each place of the text that the full cache gave
+                session.done = begin
+                logits = session.feed([tokens[-81], *line[0][:-1]], every=True)
+                chosen += sum(a == b for a, b in zip(logits.argmax(1).tolist(), line[0], strict=True))
             line.append(out)
         agree = next((i for i, (a, b) in enumerate(zip(*line, strict=True)) if a != b), len(line[0]))
         same, total = same + agree, total + len(line[0])
-    yield Check.at_least("tokens before the first difference, level 3", same / total, 0.9, "", f"of {total}")
+    yield Check.at_least("greedy choices that agree on the text of the full cache, level 3", chosen / total, 0.9)
+    yield Check.at_least(
+        "greedy tokens before the first difference, level 3",
+        same / total,
+        0.9,
+        "",
+        f"of {total}; one near tie parts two texts for good, and a small model has many",
+    )
 
 
 def _links(scale: Scale) -> dict[str, Any]:
@@ -266,8 +278,11 @@ def _links(scale: Scale) -> dict[str, Any]:
     path = scale.find("network/mahimahi_cellular.npz")
     if path is not None:
         with np.load(path) as file:
-            names = [n for n in file.files if n.endswith("_down")][:8]
-        return {n: Trace.load(path, n) for n in names}
+            names = list(file.files)
+        found = {n: Trace.load(path, n) for n in names}
+        more = scale.find("network/pensieve_bandwidth.csv.gz")
+        series = list(Trace.series(more).items()) if more is not None else []
+        return found | dict(series[:: scale.choose(quick=60, full=12)])
     rng = np.random.default_rng(scale.seed)
     out = {}
     for number in range(8):  # log-normal rates with memory, as cellular links have
@@ -291,7 +306,7 @@ def delay(scale: Scale, ratio: float) -> Iterator[Check]:
     eight = [ChunkSizes({8: 0.5 * 1500 * per_token}, 1500, c.prefill, 0.01) for c in chunks]
     text = simulate(chunks, _steady(1e9), FixedLevel("text"))[-1].ready
     links = _links(scale)
-    gains, worst, wins = [], 0.0, {"text": 0, "raw": 0}
+    gains, over, wins = [], [], {"text": 0, "raw": 0}
     starts = np.linspace(0, 200, scale.choose(quick=4, full=20)).tolist()
     slo = 2.0
     for factor in (1, 10, 100, 1000, 10_000, 100_000):
@@ -309,7 +324,7 @@ def delay(scale: Scale, ratio: float) -> Iterator[Check]:
                 fixed = min(
                     plain, raw, *(simulate(chunks, scaled, FixedLevel(n), start=start)[-1].ready for n in (1, 3)), coded
                 )
-                worst = max(worst, ours / max(fixed, slo))
+                over.append(ours / max(fixed, slo))
                 wins["text"] += plain < min(coded, raw)
                 wins["raw"] += raw < slo
     yield Check.at_least(
@@ -328,7 +343,12 @@ def delay(scale: Scale, ratio: float) -> Iterator[Check]:
         f"text alone takes {text:.1f} s",
     )
     yield Check.at_most(
-        "TTFT of the controller over the larger of 2 s and the best fixed choice, worst load", worst, 1.1, "×"
+        "TTFT of the controller over the larger of 2 s and the best fixed choice, worst load",
+        max(over),
+        1.1,
+        "×",
+        f"{sum(r > 1.1 for r in over)} of {len(over)} loads above; 99 % are below {np.quantile(over, 0.99):.3f}; the "
+        "best fixed choice is known afterwards only",
     )
     middle_links = [link.scaled(300) for link in links.values()]
     slos = {

@@ -2,7 +2,8 @@
 
 "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", Xiong et al. 2024, arXiv:2410.11744. Exactness
 by enumeration of the real code; acceptance on the embedded pair (4 M target, 0.7 M draft) over held-out Python, and on
-two further texts where they are at hand. The published targets are a hundred times as slow against their draft.
+two further texts where they are at hand. The published targets are a hundred times as slow against their draft; time is
+measured with a target made twenty times as slow.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def run(scale: Scale) -> Iterator[Check]:
     scale.progress("shapes", 0.3)
     yield from shapes(target, draft, texts, scale)
     scale.progress("tiles and time", 0.9)
-    yield from tiles(draft, texts["held-out Python"][0])
-    yield from time(target, draft, texts["held-out Python"], scale)
+    yield from tiles(draft, texts["held-out Python"][: scale.choose(quick=2, full=8)])
+    yield from time(draft, texts["held-out Python"], scale)
     scale.progress("done", 1.0)
 
 
@@ -114,8 +115,14 @@ def correlation(target: Any, draft: Any, asked: list[list[int]]) -> Iterator[Che
 
 
 def shapes(target: Any, draft: Any, texts: dict[str, list[list[int]]], scale: Scale) -> Iterator[Check]:
-    """Guesses that stand per target pass, at equal size, with a paired bootstrap over prompts."""
+    """Guesses that stand per target pass, at equal size, with a paired bootstrap over prompts.
+
+    A third of the prompts fits the fixed tree, and a curve of acceptance. Greedily the published rule is judged, which
+    takes the draft's probability for the chance to stand; drawn guesses stand far more often than that, so at a
+    temperature the tree that uses the curve is. The note has both.
+    """
     from hasten.language.speculate import Chain, DynamicTree, FixedTree, KAry
+    from hasten.language.speculate.calibrate import AcceptanceCurve
     from hasten.language.speculate.compare import compare
 
     rng = np.random.default_rng(scale.seed)
@@ -124,11 +131,13 @@ def shapes(target: Any, draft: Any, texts: dict[str, list[list[int]]], scale: Sc
             for name, asked in texts.items():
                 half = max(1, len(asked) // 3)
                 fixed = FixedTree.fit(target, draft, asked[:half], size, temperature=temperature)
+                first, later = AcceptanceCurve.fit(target, draft, asked[:half], temperature=temperature)
                 plans: list[Any] = [
                     Chain(min(size, 12)),
                     KAry(2, 9 if size == 64 else 4, budget=size),
                     fixed,
                     DynamicTree(size),
+                    DynamicTree(size, calibrate=first, calibrate_siblings=later),
                 ]
                 rows = compare(
                     target,
@@ -139,12 +148,13 @@ def shapes(target: Any, draft: Any, texts: dict[str, list[list[int]]], scale: Sc
                     temperature=temperature,
                     seed=scale.seed,
                 )
-                dynamic = np.array(rows[-1].per_prompt)
-                best = max(rows[:-1], key=lambda r: r.accepted)
+                dynamic = np.array(rows[-1 if temperature > 0 else -2].per_prompt)
+                best = max(rows[:-2], key=lambda r: r.accepted)
                 gains = dynamic - np.array(best.per_prompt)
                 resampled = gains[rng.integers(0, len(gains), (2000, len(gains)))].mean(1)
                 low = float(np.quantile(resampled, 0.025))
-                shown = ", ".join(f"{r.name} {r.accepted:.2f}" for r in rows)
+                shown = ", ".join(f"{r.name} {r.accepted:.2f}" for r in rows[:-1])
+                shown += f", calibrated {rows[-1].accepted:.2f}"
                 yield Check(
                     f"accepted per pass beyond the best fixed shape, {name}, size {size}, temperature {temperature:g}",
                     float(gains.mean()),
@@ -155,41 +165,63 @@ def shapes(target: Any, draft: Any, texts: dict[str, list[list[int]]], scale: Sc
                 )
 
 
-def tiles(draft: Any, prompt: list[int]) -> Iterator[Check]:
-    """Blocks of the attention mask, depth first against the order of growth."""
+def tiles(draft: Any, asked: list[list[int]]) -> Iterator[Check]:
+    """Blocks of the attention mask, depth first against the order of growth: best place first, and level by level."""
     from hasten.language.speculate import DynamicTree, TreeDraft
 
-    grower = TreeDraft(draft, DynamicTree(700, 1e-4))
-    grower.begin(len(prompt) + 800)
-    tree = grower.grow(prompt, None)
-    ordered, _ = tree.depth_first()
-    yield Check.at_least(
-        "32 × 32 tiles of the mask, order of growth over depth first",
-        tree.tiles() / ordered.tiles(),
-        1.5,
-        "×",
-        f"{len(tree)} nodes: {tree.tiles()} against {ordered.tiles()}",
-    )
+    for name, shape in (("best first", DynamicTree(768)), ("level by level", DynamicTree(768, 1e-4))):
+        found = []
+        for prompt in asked:
+            grower = TreeDraft(draft, shape)
+            grower.begin(len(prompt) + 800)
+            tree = grower.grow(prompt, None)
+            found.append((tree.tiles(), tree.depth_first()[0].tiles()))
+        grown, ordered = (sum(column) for column in zip(*found, strict=True))
+        least = min(a / b for a, b in found)
+        yield Check.at_least(
+            f"32 × 32 tiles of the mask, order of growth over depth first, 768 nodes grown {name}",
+            grown / ordered,
+            1.5,
+            "×",
+            f"{grown} against {ordered} on {len(found)} prompts, {least:.2f} on the worst of them",
+        )
 
 
-def time(target: Any, draft: Any, asked: list[list[int]], scale: Scale) -> Iterator[Check]:
-    """Seconds per token; the target is about seven times as deep as its draft, not twenty."""
+def time(draft: Any, asked: list[list[int]], scale: Scale) -> Iterator[Check]:
+    """Seconds per token with a target of at least twenty times the draft's cost.
+
+    The target computes what the embedded model does, with feed-forward layers that are wide enough for that cost; what
+    was added ends in zeros.
+    """
+    from hasten.language import load
+    from hasten.language.loading import LanguageModel
     from hasten.language.speculate import DynamicTree, TreeDraft, generate
+    from hasten.studies._grouped import widened
 
-    totals = {"plain": 0.0, "tree": 0.0}
-    calls = passes = 0
+    model = load("pycode-4m")
+    wide = widened(model.decoder.float(), scale.choose(quick=40_000_000, full=200_000_000))
+    target = LanguageModel("pycode-4m, wide", wide.config, folder=model.folder, decoder=wide, precision="bf16")
+    small = load("pycode-draft-0.7m", dtype="bf16")
+    totals = {"plain": 0.0, "tree": 0.0, "draft": 0.0}
+    calls = passes = tokens = 0
     for prompt in asked[: scale.choose(quick=2, full=8)]:
-        for name, proposer in (("plain", None), ("tree", TreeDraft(draft, DynamicTree(16, 1 / 16)))):
-            found = generate(target, prompt, max_tokens=64, proposer=proposer)
+        for name, one, proposer in (
+            ("plain", target, None),
+            ("tree", target, TreeDraft(small, DynamicTree(16, 1 / 16))),
+            ("draft", small, None),
+        ):
+            found = generate(one, prompt, max_tokens=scale.choose(quick=24, full=64), proposer=proposer)
             totals[name] += found.seconds
-            calls += found.draft_calls if proposer is not None else 0
-            passes += found.target_calls if proposer is not None else 0
+            if proposer is not None:
+                calls, passes = calls + found.draft_calls, passes + found.target_calls
+                tokens += len(found.tokens) - 1
+    yield Check.at_least("cost of a token of the target over the draft's", totals["plain"] / totals["draft"], 20, "×")
     yield Check.at_least(
         "speed over plain greedy decoding, one sequence",
         totals["plain"] / totals["tree"],
         1.5,
         "×",
-        f"{passes} target passes, {calls} draft calls; the fused chain of the server is measured in benchmarks",
+        f"{tokens} tokens in {passes} target passes and {calls} draft calls, tree of 16",
     )
 
 

@@ -1,8 +1,9 @@
 """TriForce: a model drafts for itself with the part of its cache that matters, and keeps every token.
 
 "TriForce: Lossless Acceleration of Long Sequence Generation with Hierarchical Speculative Decoding", Sun et al. 2024,
-arXiv:2404.11912. Exactness by enumeration; speed on the embedded 4 M model, whose 1,024 tokens of context are stretched
-by YaRN without training (so its text gets worse with length, its cache does not get smaller), over library code.
+arXiv:2404.11912. Exactness by enumeration; acceptance with a small decoder that is trained here to recall records;
+speed on the embedded 4 M model, whose 1,024 tokens of context are stretched by YaRN without training (so its text gets
+worse with length, its cache does not get smaller), over library code.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hasten.studies._recall import question, recall_model
 from hasten.studies._speculation import Table, first_two, law_gap, law_of_two
 from hasten.studies.study import Check, Scale, Study
 
@@ -56,6 +58,7 @@ def run(scale: Scale) -> Iterator[Check]:
     model = long_model()
     yield from identity(scale)
     scale.progress("retrieval", 0.3)
+    yield from recalled(scale)
     yield from retrieval(model, scale)
     scale.progress("speed", 0.5)
     yield from speed(model, scale)
@@ -115,8 +118,46 @@ def identity(scale: Scale) -> Iterator[Check]:
     yield Check.equal("tokens that differ from plain greedy decoding", wrong, 0, note=f"{count} tokens a run")
 
 
+def recalled(scale: Scale) -> Iterator[Check]:
+    """Acceptance of the model with part of its cache, by how the part is chosen, where answers stand far back."""
+    from hasten.language.speculate import TriForce, generate
+
+    names = ("acceptance with retrieved chunks", "acceptance beyond sinks and recent tokens of the same budget")
+    if scale.quick:
+        for name in names:
+            yield Check.unavailable(name, "needs a model trained on recall, some 15 minutes once; run without --quick")
+        return
+    model = recall_model(scale)
+    for context in (4096, 8192):
+        rng = np.random.default_rng(scale.seed + context)
+        asked = [question(rng, context) for _ in range(24)]
+        found: dict[str, list[int]] = {"query": [], "recent": [], "random": []}
+        right = same = 0
+        for number, one in enumerate(asked):
+            for choose, values in found.items():
+                plan = TriForce(None, budget=512, choose=choose)
+                given = generate(
+                    model, one.prompt, max_tokens=len(one.answer), temperature=0.6, proposer=plan, seed=number
+                )
+                values += [given.accepted, given.proposed]
+            plain = generate(model, one.prompt, max_tokens=len(one.answer)).tokens
+            greedy = generate(model, one.prompt, max_tokens=len(one.answer), proposer=TriForce(None, budget=512))
+            right += tuple(plain) == one.answer
+            same += greedy.tokens == plain
+            scale.progress(f"recall at {context} tokens", 0.3 + 0.2 * number / len(asked))
+        rates = {k: sum(v[::2]) / max(1, sum(v[1::2])) for k, v in found.items()}
+        shown = ", ".join(f"{k} {v:.2f}" for k, v in rates.items())
+        note = f"{shown}; 512 of {context} tokens, {right} of {len(asked)} answers right, temperature 0.6"
+        yield Check.at_least(f"{names[0]}, {context} tokens", rates["query"], 0.9, "", note)
+        yield Check.at_least(f"{names[1]}, {context} tokens", rates["query"] - rates["recent"], 0.1, "", note)
+        least = min(rates["query"], rates["recent"])
+        name = f"acceptance with random chunks, no better than either, {context} tokens"
+        yield Check.at_most(name, rates["random"], least, "", note)
+        yield Check.equal(f"greedy answers equal to plain decoding, {context} tokens", same, len(asked))
+
+
 def retrieval(model: Any, scale: Scale) -> Iterator[Check]:
-    """Acceptance of the model with part of its cache, by how the part is chosen."""
+    """The same on library code, with the embedded model stretched to a context that it was not trained on."""
     from hasten.language.speculate import TriForce, generate
 
     context = scale.choose(quick=2048, full=8192)
@@ -129,16 +170,8 @@ def retrieval(model: Any, scale: Scale) -> Iterator[Check]:
             values.append(answer.acceptance)
     means = {k: float(np.mean(v)) for k, v in found.items()}
     shown = ", ".join(f"{k} {v:.2f}" for k, v in means.items())
-    yield Check.at_least(
-        "acceptance with retrieved chunks", means["query"], 0.9, "", f"{shown}; 512 of {context} tokens"
-    )
-    yield Check.at_least(
-        "acceptance beyond sinks and recent tokens of the same budget",
-        means["query"] - means["recent"],
-        0.1,
-        "",
-        "a model trained on recall was not trained here; code needs little of what is far",
-    )
+    note = f"{shown}; 512 of {context} tokens; not judged: the model never learned to look so far back"
+    yield Check("acceptance with retrieved chunks, library code", means["query"], "", "", None, note)
 
 
 def speed(model: Any, scale: Scale) -> Iterator[Check]:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hasten.compress.replace import spelled_out
+
 __all__ = ["replaced", "sensitivities"]
 
 _MOST = 200
@@ -58,6 +60,7 @@ def sensitivities(model: nn.Module, new: nn.Module | None, kept: Callable[[nn.Mo
         parent, _, leaf = path.rpartition(".")
         place, old = work.get_submodule(parent), work.get_submodule(path)
         setattr(place, leaf, new.get_submodule(path))
+        spelled_out(work, path)
         found[path] = 1.0 - kept(work)
         setattr(place, leaf, old)
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hasten.budget import Budget
 from hasten.clock import Clock, MonotonicClock
 from hasten.compress import Plan, Recipe, WeightPrecision
-from hasten.compress.given import finite_parameters
+from hasten.compress.given import answers, finite_examples, finite_parameters
 from hasten.errors import ConfigurationError
 from hasten.measure import energy as energies
 from hasten.measure.counting import call
@@ -347,11 +347,15 @@ def tune(
             "energy is power times time"
         )
     finite_parameters(model, "tuned")
+    finite_examples(data, "data")
+    if calibration is not None:
+        finite_examples(calibration, "calibration")
     clock = clock or MonotonicClock()
     rules = protocol or Protocol(min_samples=60, min_time=0.4, max_time=20.0)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
+        answers(model, data[0])
         bench = _Bench(
             model,
             data,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hasten.clock import ManualClock
-from hasten.compress.acm import ACM, AdaptiveComputation, executed_share, load_map, set_budget, set_fixed
+from hasten.compress.acm import ACM, AdaptiveComputation, executed_share, load_map, running, set_budget, set_fixed
 from hasten.compress.acm.targets import find_targets
 from hasten.compress.acm.technique import _labels, adaptive_layers, measure_gates
 from hasten.errors import ConfigurationError
@@ -153,6 +153,35 @@ def test_where_gates_pay_is_measured():
     assert measure_gates(small, (4, 16, 64), clock=clock) == {"1.mlp": 128}
     told = ACM(targets=("1.mlp",), epochs=1, gate_epochs=1, tune_epochs=0, measure=True)(network(), inputs())
     assert "min_tokens now" in told.report.notes[-1]
+
+
+def test_a_budget_is_set_through_gates_that_are_not_asked_at_the_time():
+    small = ACM(targets=("*.mlp",), epochs=1, gate_epochs=1, tune_epochs=0)(network(), inputs()).eval()
+    asked = set_budget(copy.deepcopy(small), inputs(), 0.4)
+    layers = adaptive_layers(small)
+    for layer in layers.values():
+        layer.min_tokens = 10**6
+    set_budget(small, inputs(), 0.4)
+    for name, layer in layers.items():
+        twin = adaptive_layers(asked)[name]
+        assert torch.equal(layer.gate_bias, twin.gate_bias)
+        assert layer.min_tokens == 10**6
+        assert layer.typical == twin.typical
+    with torch.no_grad():
+        small(inputs()[0])
+    run = sum(layer.typical * (layer.cost_of(1) - layer.gate_cost) for layer in layers.values())  # no gate is asked
+    full = sum(layer.cost_of(layer.learners) for layer in layers.values())
+    assert executed_share(small) == pytest.approx(run / full)
+
+
+def test_the_first_count_that_pays_has_a_follower_that_pays():
+    def first(*faster: int) -> int:
+        return running._first_of_two((4, 16, 64, 256), iter(faster))
+
+    assert first(4, 16, 64, 256) == 4
+    assert first(4, 64, 256) == 64  # one that is alone was luck
+    assert first(256) == 256
+    assert first(4, 64) == first() == 512
 
 
 def test_targets_that_do_not_fit_are_named():

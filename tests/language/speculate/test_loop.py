@@ -179,3 +179,26 @@ def test_bad_input_is_one_line(models):
         TriForce(budget=100, chunk=8)
     with pytest.raises(ConfigurationError, match="choose"):
         TriForce(choose="best")
+
+
+def test_a_tree_beyond_the_cache_is_refused_before_it_is_written(models):
+    """5,000 guesses once wrote past the end of the cache."""
+    target, draft = models
+    wide = FixedTree(tuple([-1] * 1200))
+    with pytest.raises(ContextLengthError, match="smaller tree"):
+        generate(target, PROMPT, max_tokens=4, proposer=TreeDraft(draft, wide))
+    deep = TreeDraft(draft, Chain(40))
+    deep.begin(40)
+    with pytest.raises(ContextLengthError, match="cache for 40"):
+        deep.grow(PROMPT, None)
+
+
+def test_shapes_need_a_prompt_to_be_compared_on(models):
+    with pytest.raises(ConfigurationError, match="at least 2"):
+        compare(*models, [], [Chain(2)])
+
+
+@pytest.mark.parametrize(("budget", "chunk", "said"), [(13, 8, "from 32 on"), (24, 8, "multiple of 8"), (8, 0, "give")])
+def test_a_budget_is_whole_chunks(budget, chunk, said):
+    with pytest.raises(ConfigurationError, match=said):
+        TriForce(None, budget=budget, chunk=chunk)

@@ -72,6 +72,8 @@ class AdaptiveComputation(nn.Module):
         self.typical = learners
         self.temperature = 0.8
         """of the Gumbel noise in training"""
+        self.asked = True
+        """whether the last call asked the gate; False where there were fewer than ``min_tokens``"""
         self.last: Tensor | None = None
         """learners of each token in the last gated call, (…,) int64"""
         self.choice: Tensor | None = None
@@ -134,12 +136,24 @@ class AdaptiveComputation(nn.Module):
         filled = [k for k, n in enumerate(lengths) if n]
         if len(filled) == 1:
             return self.prefix(z, filled[0])
-        rows = z[order]
-        parts, at = [], 0
-        for k in filled:
-            parts.append(self.prefix(rows[at : at + lengths[k]], k))
-            at += lengths[k]
-        return torch.empty_like(z).index_copy_(0, order, torch.cat(parts))
+        rows = z.index_select(0, order)
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
+        runs = rows.split([lengths[k] for k in filled])
+        if torch.is_grad_enabled():
+            return torch.cat([self.prefix(run, k) for run, k in zip(runs, filled, strict=True)]).index_select(0, back)
+        made = torch.empty_like(rows)
+        for run, k, place in zip(runs, filled, made.split([len(run) for run in runs]), strict=True):
+            self._write(run, k, place)
+        return made.index_select(0, back)
+
+    def _write(self, z: Tensor, count: int, place: Tensor) -> None:
+        """:meth:`prefix` into ``place``, without a copy in between; no gradients."""
+        if count == 0:
+            place.zero_()
+            return
+        end = count * self.size
+        hidden = self._act(functional.linear(z, self.into[:end], self.bias[:end]))
+        torch.mm(hidden, self.out[:end], out=place)
 
     def forward(self, z: Tensor) -> Tensor:
         if self.fixed is not None:
@@ -150,7 +164,8 @@ class AdaptiveComputation(nn.Module):
             self.last = self.choice.detach().argmax(-1) + self.least
             return self.masked(z, self.choice)
         rows = z.reshape(-1, self.width)
-        if len(rows) < self.min_tokens:
+        self.asked = len(rows) >= self.min_tokens
+        if not self.asked:
             self.last = torch.full(z.shape[:-1], self.typical, dtype=torch.long, device=z.device)
             return self.prefix(z, self.typical)
         counts = self.scores(rows).argmax(-1) + self.least

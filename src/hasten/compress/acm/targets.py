@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hasten.compress.acm.module import AdaptiveComputation
 from hasten.compress.given import finite_weight
-from hasten.compress.lowrank.moments import observe
+from hasten.compress.lowrank.moments import evaluating, observe
+from hasten.compress.replace import replace_module
 from hasten.errors import ConfigurationError
 
 __all__ = ["Target", "find_targets", "replacement"]
@@ -68,19 +69,19 @@ def find_targets(model: nn.Module, patterns: Sequence[str], calibration: Sequenc
     if not found:
         some = ", ".join([n for n, _ in model.named_modules() if n][:12])
         raise ConfigurationError(f"no module is called {' or '.join(patterns)}; the model has {some}")
-    before: dict[tuple[str, ...], tuple[int, ...]] = {}
-    after: dict[tuple[str, ...], tuple[int, ...]] = {}
-    inputs = {n[0]: (lambda given, named, n=n: before.__setitem__(n, tuple(given[0].shape))) for n in found}
-    outputs = {n[-1]: (lambda given, made, n=n: after.__setitem__(n, tuple(made.shape))) for n in found}
+    before: dict[tuple[str, ...], Tensor] = {}
+    after: dict[tuple[str, ...], Tensor] = {}
+    inputs = {n[0]: (lambda given, named, n=n: before.__setitem__(n, given[0].clone())) for n in found}
+    outputs = {n[-1]: (lambda given, made, n=n: after.__setitem__(n, made.clone())) for n in found}
     observe(model, calibration[:1], inputs, outputs)
     targets = []
     for names in found:
         if names not in before:
             raise ConfigurationError(f"{names[0]} did not run on the calibration; name parts that the model uses")
-        if before[names] != after[names]:
+        shapes = [tuple(x.shape) for x in (before[names], after[names])]
+        if shapes[0] != shapes[1]:
             raise ConfigurationError(
-                f"{names[0]} maps {before[names]} to {after[names]}; only parts that keep the width of tokens can be "
-                "adaptive"
+                f"{names[0]} maps {shapes[0]} to {shapes[1]}; only parts that keep the width of tokens can be adaptive"
             )
         matrices = [m for n in names for m in model.get_submodule(n).modules() if isinstance(m, nn.Linear)]
         for matrix in matrices:
@@ -88,9 +89,23 @@ def find_targets(model: nn.Module, patterns: Sequence[str], calibration: Sequenc
         macs = sum(m.weight.numel() for m in matrices)
         if not macs:
             raise ConfigurationError(f"{names[0]} holds no linear layer; nothing there is worth choosing")
+        if len(names) > 1:
+            _nothing_between(model, names, before[names], after[names])
         single = len(names) == 1 and isinstance(model.get_submodule(names[0]), nn.Linear)
-        targets.append(Target(names, before[names][-1], macs, single))
+        targets.append(Target(names, shapes[0][-1], macs, single))
     return targets
+
+
+def _nothing_between(model: nn.Module, names: tuple[str, ...], before: Tensor, after: Tensor) -> None:
+    """Raises :class:`ConfigurationError` where the parent's own code does more between the parts than they do."""
+    parts = nn.Sequential(*(model.get_submodule(n) for n in names))
+    with evaluating(parts), torch.inference_mode():
+        made = parts(before)
+    if made.shape != after.shape or not torch.allclose(made, after, rtol=1e-3, atol=1e-4):
+        raise ConfigurationError(
+            f"{names[0]} to {names[-1]} is not all that happens there (an activation called as a function, perhaps); "
+            "make it a module between them, or name one module that holds all of it"
+        )
 
 
 def replacement(
@@ -124,9 +139,9 @@ def replacement(
 
 def put(model: nn.Module, target: Target, layer: nn.Module) -> None:
     """The new layer in the part's place; what else the span held passes its input on."""
-    model.set_submodule(target.names[0], layer)
+    replace_module(model, target.names[0], layer)
     for name in target.names[1:]:
-        model.set_submodule(name, nn.Identity())
+        replace_module(model, name, nn.Identity())
 
 
 def tokens_of(x: Tensor) -> Tensor:

@@ -12,20 +12,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten.clock import Clock
 from hasten.compress.acm.module import AdaptiveComputation
+from hasten.compress.acm.running import (
+    adaptive_layers,
+    executed_share,
+    load_map,
+    measure_gates,
+    set_budget,
+    set_fixed,
+)
 from hasten.compress.acm.targets import Target, find_targets, put, replacement, tokens_of
 from hasten.compress.lowrank.moments import evaluating, output_sqnr
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
-from hasten.measure import Protocol, compare
 from hasten.measure.counting import call
 from hasten.train.fit import fit
 
@@ -33,100 +38,6 @@ __all__ = ["ACM", "adaptive_layers", "executed_share", "load_map", "measure_gate
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Tell = Callable[[str, float], None]
-
-
-def adaptive_layers(model: nn.Module) -> dict[str, AdaptiveComputation]:
-    """Adaptive layers by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptiveComputation)}
-
-
-def set_fixed(model: nn.Module, count: int | None) -> nn.Module:
-    """``count`` learners for every token, in place; None asks the gates. Returns the model."""
-    for name, layer in adaptive_layers(model).items():
-        if count is not None and not layer.least <= count <= layer.learners:
-            raise ConfigurationError(f"{name} has {layer.least} to {layer.learners} learners, not {count}")
-        layer.fixed = count
-    return model
-
-
-def executed_share(model: nn.Module) -> float:
-    """Multiply-adds of the adaptive layers in the last call over those with all learners; gates count on both sides."""
-    spent = full = 0.0
-    for layer in adaptive_layers(model).values():
-        if layer.last is None:
-            raise ConfigurationError(
-                "no gated call was made yet; run the model in evaluation mode with set_fixed(model, None)"
-            )
-        spent += float(layer.last.double().mean()) * (layer.cost_of(1) - layer.gate_cost) + layer.gate_cost
-        full += layer.cost_of(layer.learners)
-    return spent / full
-
-
-def set_budget(model: nn.Module, inputs: Sequence[Any], budget: float, *, tolerance: float = 0.002) -> nn.Module:
-    """Lean all gates towards fewer or more learners, in place, until this share runs on ``inputs``; returns the model.
-
-    Logit k gains ``c k`` with one c for all layers, found by bisection: a knob at run time, no training. A share
-    below what the gates and the least numbers of learners cost cannot be reached; the nearest is taken.
-    """
-    if not 0 < budget <= 1:
-        raise ConfigurationError(f"budget is {budget}; give a share of the multiply-adds in (0, 1]")
-    set_fixed(model, None)
-    layers = list(adaptive_layers(model).values())
-    biases = [layer.gate_bias.detach().clone() for layer in layers]
-
-    def share(lean: float) -> float:
-        with evaluating(model), torch.no_grad():
-            for layer, bias in zip(layers, biases, strict=True):
-                layer.gate_bias.copy_(bias + lean * torch.arange(len(bias), dtype=bias.dtype))
-            total = 0.0
-            for example in inputs:
-                call(model, example)
-                total += executed_share(model)
-            return total / len(inputs)
-
-    low, high = -30.0, 30.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        found = share(middle)
-        if abs(found - budget) <= tolerance:
-            break
-        low, high = (middle, high) if found < budget else (low, middle)
-    return model
-
-
-def load_map(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Learners of every token, layer by layer, for one example: (batch, tokens) int64."""
-    with evaluating(model), torch.no_grad():
-        model(example)
-    return {n: m.last for n, m in adaptive_layers(model).items() if m.last is not None}
-
-
-def measure_gates(
-    model: nn.Module, tokens: Sequence[int] = (1, 4, 16, 64, 256, 1024), *, clock: Clock | None = None
-) -> dict[str, int]:
-    """From how many tokens on each layer is faster with its gate than with all learners; sets ``min_tokens`` to it.
-
-    Random tokens; with their own choices where the gate tells them apart. Beyond the largest count tried where it
-    never is.
-    """
-    found: dict[str, int] = {}
-    for name, layer in adaptive_layers(model).items():
-        found[name] = 2 * max(tokens)
-        layer.min_tokens, held, training = 0, layer.fixed, layer.training
-        layer.eval()
-        for count in sorted(tokens, reverse=True):
-            z = torch.randn(count, layer.width, generator=torch.Generator().manual_seed(0))
-            layer.fixed = None
-            rules = Protocol(warmup=2, warmup_time=0.0, min_samples=9, max_samples=400, min_time=0.01)
-            with torch.inference_mode():
-                calls = {"all": partial(layer.prefix, z, layer.learners), "gated": partial(layer, z)}
-                times = compare(calls, rules, clock=clock).samples
-            if times["gated"].median > times["all"].median:
-                break
-            found[name] = count
-        layer.fixed, layer.min_tokens = held, found[name]
-        layer.train(training)
-    return found
 
 
 @register
@@ -162,7 +73,7 @@ class ACM:
     """of end-to-end tuning; 0 leaves it out"""
     tune_rate: float = 5e-4
     budget_weight: float = 1.0
-    """of the distance to the budget"""
+    """of the distance to the budget; the publication has 0.1 over many more steps"""
     entropy_weight: float = 0.05
     """of the spread of choices, against gates that always choose alike"""
     diversity_weight: float = 0.05
@@ -218,7 +129,11 @@ class ACM:
         if self.measure:
             found = measure_gates(small)
             few = max(found.values())
-            note = f"below {few} tokens in a call gates cost more than they save here; {few} is min_tokens now"
+            note = (
+                f"below {few} tokens in a call gates cost more than they save here, so fewer take "
+                f"{min(layer.typical for layer in adaptive_layers(small).values())} learners and more; {few} is "
+                "min_tokens now"
+            )
             report = replace(report, notes=(*report.notes, note))
         small.report = report  # type: ignore[assignment]
         return small
@@ -324,7 +239,7 @@ class ACM:
             total = task(one, batch)
             spent = torch.zeros(())
             entropy = torch.zeros(())
-            apart = torch.zeros(())
+            loads = torch.zeros(())  # of each example, over all layers
             for layer in layers:
                 choice = layer.choice
                 assert choice is not None
@@ -334,11 +249,10 @@ class ACM:
                 shares = choice.flatten(1, -2).mean(1) if choice.dim() > 2 else choice
                 whole = -(shares * (shares + 1e-9).log()).sum(-1).mean() / torch.tensor(float(choice.shape[-1])).log()
                 entropy = entropy + whole
-                loads = mean.flatten(1).mean(1) if mean.dim() > 1 else mean
-                apart = apart + (loads[:, None] - loads[None, :]).abs().mean() / layer.learners
+                loads = loads + (mean.flatten(1).mean(1) if mean.dim() > 1 else mean) / (layer.learners * len(layers))
             total = total + self.budget_weight * (spent / full - share).abs()
             total = total - self.entropy_weight * entropy / len(layers)
-            return total - 2 * self.diversity_weight * apart / len(layers)
+            return total - 2 * self.diversity_weight * (loads[:, None] - loads[None, :]).abs().mean()
 
         def order(epoch: int) -> list[Any]:
             generator = torch.Generator().manual_seed(self.seed * 1009 + epoch)

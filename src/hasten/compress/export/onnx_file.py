@@ -8,9 +8,7 @@ compared with the model before it takes its name.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.export.check import EXACT, STEP, Exported, arguments, compare_outputs, outputs_of, placed
-from hasten.compress.export.program import first_line
+from hasten.compress.export.reasons import first_line, fixed_batch, fresh, hushed, stopped_at, trace, untranslated
 from hasten.compress.export.rounding import float8_of, marked
 from hasten.compress.precision import PackedLinear
 from hasten.compress.quantize.base import Quantized
@@ -50,9 +48,10 @@ def export_onnx(
     """Write ``model`` as ONNX for ``example`` (a tensor or a tuple of tensors) and check it in onnxruntime.
 
     ``names``: of the inputs, otherwise those of ``forward``. ``batch``: whether the first dimension of the inputs may
-    change. ``tolerance``: relative difference allowed, by default 1e-5, and 2e-2 where inputs are rounded. Needs
-    ``hasten[onnx]``. Raises :class:`~hasten.errors.ModelError` where an operator cannot be lowered (it is named) or the
-    outputs differ; no file is left then.
+    change (where the model's own code fixes it the file does too, with a note). ``tolerance``: relative difference
+    allowed, by default 1e-5, and 2e-2 where inputs are rounded. Needs ``hasten[onnx]``. Raises
+    :class:`~hasten.errors.ModelError` where something cannot be lowered (operator and layer are named) or the outputs
+    differ; no file is left then.
     """
     onnx = _needed()
     given = arguments(example)
@@ -66,7 +65,7 @@ def export_onnx(
             weight.copy_(quantized.dequantize().view_as(weight))
     reference = outputs_of(plain, given)
     bound = tolerance if tolerance is not None else (STEP if said or unsaid else EXACT)
-    graph = _exported(plain, given, names, batch)
+    graph, free = _exported(plain, given, names, batch)
     layers = _put_back(onnx, graph, codes)
 
     def check(place: Path) -> float:
@@ -75,7 +74,11 @@ def export_onnx(
     with placed(path, check) as (place, found):
         onnx.save(graph, place)
     target = Path(path)
-    return Exported(target, target.stat().st_size, found[0], bound, tuple(layers), _notes(stored, layers, unsaid))
+    notes = _notes(stored, layers, unsaid)
+    if batch and not free:
+        sizes = " and ".join(dict.fromkeys(str(x.shape[0]) for x in given if x.ndim))
+        notes = (*notes, f"the model works for a first dimension of {sizes} only, so the file takes no other")
+    return Exported(target, target.stat().st_size, found[0], bound, tuple(layers), notes)
 
 
 def _needed() -> Any:
@@ -116,27 +119,31 @@ def _by_weight(plain: nn.Module, stored: Mapping[str, Quantized]) -> dict[str, Q
     return result
 
 
-def _exported(plain: nn.Module, given: tuple[Any, ...], names: Sequence[str], batch: bool) -> Any:
-    """The ONNX model, with initialisers named as parameters."""
-    table: dict[Any, Any] = {torch.ops.hasten.round_to_codes.default: _rounding_nodes()}
+def _exported(plain: nn.Module, given: tuple[Any, ...], names: Sequence[str], batch: bool) -> tuple[Any, bool]:
+    """The ONNX model, with initialisers named as parameters; whether the first dimension may change."""
     shapes: Any = tuple({0: torch.export.Dim.DYNAMIC} if batch and x.ndim else None for x in given)
-    logs = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in logs]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for log in logs:
-                log.setLevel(logging.ERROR)
-            program = torch.onnx.export(
-                plain, given, dynamo=True, optimize=False, verbose=False, opset_version=OPSET, dynamic_shapes=shapes,
-                custom_translation_table=table, input_names=list(names) or None,
-            )  # fmt: skip
-    except Exception as error:  # the exporter wraps whatever stopped it
-        cause = error.__cause__ or error
-        raise ModelError(f"the model cannot be written as ONNX: {first_line(cause)}; nothing was written") from error
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        with hushed():
+            return _translated(plain, given, names, shapes), batch
+    except Exception as error:  # the exporter wraps whatever stopped it; tracing by itself tells what it was
+        try:
+            program = trace(plain, given, shapes)
+        except Exception as stopped:
+            if batch and fixed_batch(stopped):  # the model itself asks for the size of the example
+                return _exported(plain, given, names, False)
+            reason = stopped_at(plain, stopped)
+        else:
+            cause = error.__cause__ or error
+            reason = untranslated(plain, program, cause) or first_line(cause)
+        raise ModelError(f"the model cannot be written as ONNX: {reason}; nothing was written") from error
+
+
+def _translated(plain: nn.Module, given: tuple[Any, ...], names: Sequence[str], shapes: Any) -> Any:
+    table: dict[Any, Any] = {torch.ops.hasten.round_to_codes.default: _rounding_nodes()}
+    program = torch.onnx.export(
+        plain, fresh(given), dynamo=True, optimize=False, verbose=False, opset_version=OPSET, dynamic_shapes=shapes,
+        custom_translation_table=table, input_names=list(names) or None,
+    )  # fmt: skip
     assert program is not None
     return program.model_proto
 

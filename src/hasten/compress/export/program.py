@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hasten.compress.export.check import EXACT, Exported, arguments, compare_outputs, outputs_of, placed
+from hasten.compress.export.reasons import stopped_at, trace
 from hasten.compress.technique import exportable
 from hasten.errors import ModelError
 
@@ -23,7 +24,8 @@ def export_program(
 
     Layers with packed kernels become plain ones with the same weights (:func:`hasten.compress.exportable`); the file is
     loaded again and its outputs are compared with those. Raises :class:`~hasten.errors.ModelError` for what
-    ``torch.export`` cannot trace and for a difference beyond ``tolerance`` (relative); no file is left then.
+    ``torch.export`` cannot trace (layer and line are named) and for a difference beyond ``tolerance`` (relative); no
+    file is left then.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -39,16 +41,11 @@ def export_program(
         return compare_outputs(reference, outputs_of(again, given), tolerance, "the program read back")
 
     try:
-        program = torch.export.export(plain, given)
+        program = trace(plain, given)
     except Exception as error:  # whatever the tracer or the model's code raises
-        raise ModelError(f"torch.export cannot trace the model: {first_line(error)}; nothing was written") from error
+        reason = stopped_at(plain, error)
+        raise ModelError(f"torch.export cannot trace the model: {reason}; nothing was written") from error
     with placed(path, check) as (place, found):
         torch.export.save(program, place)
     target = Path(path)
     return Exported(target, target.stat().st_size, found[0], tolerance)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

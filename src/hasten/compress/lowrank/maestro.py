@@ -25,6 +25,7 @@ from hasten.compress.lowrank.ordered import (
     group_lasso,
     ordered_layers,
 )
+from hasten.compress.replace import replace_module
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 from hasten.train.fit import fit
@@ -204,10 +205,7 @@ class Maestro:
                 reports.append(LayerReport(name, "kept", reason, size, size))
                 continue
             new = kinds[type(module)].of(module)
-            if name:
-                whole.set_submodule(name, new)
-            else:
-                whole = new
+            whole = replace_module(whole, name, new)
         return whole, reports
 
 
@@ -255,10 +253,7 @@ class MaestroFit:
             plain: Any = layer
             new = plain.deployed(rank, dense)
             new.train(layer.training)
-            if name:
-                small.set_submodule(name, new)
-            else:
-                small = new
+            small = replace_module(small, name, new)
         return small
 
     def family(

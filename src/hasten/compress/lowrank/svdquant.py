@@ -23,6 +23,7 @@ from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.absorb import Absorbed, absorb, weight_format
 from hasten.compress.lowrank.fourbit import SvdQuantLinear, pack_codes
 from hasten.compress.lowrank.moments import observe, output_sqnr, require_cpu
+from hasten.compress.replace import replace_module
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError, DataError
 
@@ -123,7 +124,7 @@ class SvdQuant:
                 iterations=self.iterations, use_gptq=self.gptq, shift=self.shift, dtype=_DTYPES[self.branch],
             )  # fmt: skip
             for name, layer, row in self._layers(names, members, made):
-                clone = _put(clone, name, layer)
+                clone = replace_module(clone, name, layer)
                 reports.append(row)
             if progress is not None:
                 progress("decomposing", 0.2 + 0.75 * (index + 1) / len(groups))
@@ -313,13 +314,6 @@ def _bytes(layer: nn.Linear) -> int:
     return layer.weight.numel() * layer.weight.element_size()
 
 
-def _put(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
-    if not path:
-        return layer
-    model.set_submodule(path, layer)
-    return model
-
-
 # ---- adapters and files ---------------------------------------------------------------------------------------------
 
 
@@ -346,7 +340,7 @@ def add_lora(model: nn.Module, adapter: str | Path | Mapping[str, Tensor], scale
                     f"the adapter of {name} is {tuple(up.shape)} x {tuple(down.shape)}, the layer "
                     f"{layer.out_features} x {layer.in_features}; it belongs to another model"
                 )
-            clone = _put(clone, path, layer.widened(down, up))
+            clone = replace_module(clone, path, layer.widened(down, up))
         elif isinstance(layer, nn.Linear):
             with torch.no_grad():
                 layer.weight += (up.double() @ down.double()).to(layer.weight.dtype)
@@ -416,7 +410,7 @@ def load_svdquant(model: nn.Module, folder: str | Path, *, execution: Literal["e
     for name, shape in layers.items():
         options = dict(shape)
         dtype = _DTYPES[options.pop("branch")]
-        clone = _put(clone, name, SvdQuantLinear(**options, dtype=dtype, execution=execution))
+        clone = replace_module(clone, name, SvdQuantLinear(**options, dtype=dtype, execution=execution))
     for name, source in same.items():
         state[name] = state[source]
     try:

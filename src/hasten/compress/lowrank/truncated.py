@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear, truncate
 from hasten.compress.lowrank.moments import Moments, observe, output_sqnr, require_cpu
+from hasten.compress.replace import replace_module
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 
@@ -113,10 +114,7 @@ class TruncatedSvd:
             reports.append(report)
             if new is not None:
                 new.train(layer.training)
-                if name:
-                    clone.set_submodule(name, new)
-                else:
-                    clone = new
+                clone = replace_module(clone, name, new)
             if progress is not None:
                 progress("decomposing", 0.5 + 0.5 * (index + 1) / len(found))
         changed = sum(r.touched for r in reports)

@@ -20,6 +20,7 @@ from hasten.compress.precision import _loss as output_loss
 from hasten.compress.quantize.allocate import BitPlan
 from hasten.compress.quantize.base import Format, Quantized
 from hasten.compress.quantize.observers import Watch
+from hasten.compress.replace import spelled_out
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import call
@@ -236,7 +237,7 @@ def wrap_input(model: nn.Module, path: str, form: Format) -> nn.Module:
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)
     setattr(owner, leaf, RoundedInput(owner.get_submodule(leaf), form))
-    return model
+    return spelled_out(model, path)
 
 
 def _inner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from hasten.compress.given import finite_weight
+from hasten.compress.replace import spelled_out
 from hasten.compress.technique import LayerReport
 from hasten.errors import ConfigurationError
 
@@ -101,7 +102,7 @@ def put(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
                 setattr(parent, name, layer)
     parent_path, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent_path), leaf, layer)
-    return model
+    return spelled_out(model, path)
 
 
 def matrix(layer: nn.Module) -> Tensor:

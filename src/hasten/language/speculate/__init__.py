@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hasten.language.speculate.calibrate import AcceptanceCurve
     from hasten.language.speculate.compare import compare
     from hasten.language.speculate.draft import ModelDraft
     from hasten.language.speculate.dyspec import DynamicTree
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hasten.language.speculate.triforce import TriForce
 
 _HOMES = {
+    "AcceptanceCurve": "calibrate",
     "Ask": "proposal",
     "Chain": "shapes",
     "Dice": "law",
@@ -48,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AcceptanceCurve",
     "Ask",
     "Chain",
     "Dice",

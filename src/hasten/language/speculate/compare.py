@@ -7,17 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hasten.errors import ConfigurationError
+from hasten.language.speculate.calibrate import guesses_tried, laws_of
 from hasten.language.speculate.dyspec import DynamicTree
 from hasten.language.speculate.loop import generate
-from hasten.language.speculate.session import Session
 from hasten.language.speculate.shapes import Chain, FixedTree, KAry, Shape
 from hasten.language.speculate.tree_draft import TreeDraft
-from hasten.language.speculate.verify import probabilities
 
-__all__ = ["ShapeResult", "compare", "parse_shapes", "rank_rates"]
+__all__ = ["ShapeResult", "compare", "laws_of", "parse_shapes", "rank_rates"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,10 @@ def compare(
     progress: Callable[[float], None] | None = None,
 ) -> list[ShapeResult]:  # fmt: skip
     """Answer every prompt with every shape; greedily all give the same tokens, so counts compare like with like."""
+    if not prompts:
+        raise ConfigurationError(
+            "shapes are compared on prompts and none is left; give at least 2, half fit fixed trees"
+        )
     out = []
     for number, shape in enumerate(shapes):
         passes = accepted = drafts = tokens = 0
@@ -69,50 +71,21 @@ def compare(
     return out
 
 
-def laws_of(model: Any, tokens: Sequence[int], temperature: float) -> NDArray[np.float64]:
-    """The model's distribution after every token of a list (tokens, vocabulary)."""
-    session = Session(model.executor, len(tokens) + 16)
-    return probabilities(session.feed(tokens, every=True, piece=len(tokens)).numpy(), temperature=temperature)
-
-
 def rank_rates(
     target: Any, draft: Any, calibration: Sequence[Sequence[int]], *, temperature: float = 0.0,
     draft_temperature: float = 0.6, ranks: int = 8, every: int = 4,
 ) -> list[float]:  # fmt: skip
     """How often the r-th candidate of the draft is the one that stands, over positions of calibration token lists.
 
-    Greedy: candidates are the draft's likeliest tokens, in order. At a temperature they are drawn without replacement
-    and the expected outcome of the rejection rule is added up; one draw per position.
+    See :func:`~hasten.language.speculate.calibrate.guesses_tried` for what is counted.
     """
-    if not calibration:
-        raise ConfigurationError("a fixed tree is fitted to token lists, and none was given")
     rates, seen = np.zeros(ranks), 0
-    rng = np.random.default_rng(0)
-    for tokens in calibration:
-        ours = laws_of(target, tokens, temperature)[8::every]
-        theirs = laws_of(draft, tokens, draft_temperature)[8::every]
-        for t, q in zip(ours, theirs, strict=True):
-            seen += 1
-            reached = 1.0
-            for rank in range(ranks):
-                if temperature <= 1e-5:
-                    token = int(q.argmax())
-                    stands = float(t[token])
-                else:
-                    token = int(rng.choice(len(q), p=q / q.sum()))
-                    stands = min(1.0, float(t[token] / q[token]))
-                rates[rank] += reached * stands
-                reached *= 1.0 - stands
-                if reached <= 1e-9:
-                    break
-                if temperature > 1e-5:
-                    rest = np.maximum(t - q, 0.0)
-                    t = rest / rest.sum() if rest.sum() > 0 else t
-                q = q.copy()
-                q[token] = 0.0
-                if q.sum() <= 1e-12:
-                    break
-                q /= q.sum()
+    for guess in guesses_tried(
+        target, draft, calibration, temperature=temperature, draft_temperature=draft_temperature, ranks=ranks,
+        every=every,
+    ):  # fmt: skip
+        seen += guess.rank == 0
+        rates[guess.rank] += guess.reached * guess.stands
     return (rates / max(1, seen)).tolist()  # type: ignore[no-any-return]
 
 

@@ -42,6 +42,8 @@ class DynamicTree:
     time, with a call per place that is expanded"""
     calibrate: Callable[[float], float] | None = None
     """from the draft's probability to the chance that the token stands; None takes the one for the other"""
+    calibrate_siblings: Callable[[float], float] | None = None
+    """the same for a token that is tested because those before it at its place were rejected; None: as ``calibrate``"""
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -57,41 +59,45 @@ class DynamicTree:
         """See :class:`~hasten.language.speculate.shapes.Shape`; ``values`` of the tree are the chances to stand."""
         return self._greedy(distributions, draw) if self.threshold is None else self._layered(distributions, draw)
 
+    def _stands(self, chance: float, rank: int) -> float:
+        """Chance that a token of this probability is accepted once it is tested, after ``rank`` others were not."""
+        curve = self.calibrate if rank == 0 or self.calibrate_siblings is None else self.calibrate_siblings
+        return chance if curve is None else min(max(curve(chance), 0.0), 1.0)
+
     def _expand(
-        self, tree: TokenTree, node: int, left: NDArray[np.float64], value: float, draw: Draw | None
+        self, tree: TokenTree, node: int, left: NDArray[np.float64], value: float, rank: int, draw: Draw | None
     ) -> tuple[int, float, float, NDArray[np.float64] | None]:
         """Take a token at a place: the new node, its value, the value and law of the next sibling's place."""
         token, chance, rest = take(left, draw)
-        if self.calibrate is not None:
-            chance = min(max(self.calibrate(chance), 0.0), 1.0)
+        chance = self._stands(chance, rank)
         child = tree.add(token, node, None if draw is None else left, value * chance)
         return child, value * chance, value * (1.0 - chance), rest
 
-    def _worth(self, value: float, left: NDArray[np.float64], draw: Draw | None) -> float:
+    def _worth(self, value: float, left: NDArray[np.float64], rank: int, draw: Draw | None) -> float:
         """What a place is ordered by: its value, or that of its token where no chance is in it."""
         if draw is not None:
             return value
-        chance = float(left.max())
-        return value * (chance if self.calibrate is None else min(max(self.calibrate(chance), 0.0), 1.0))
+        return value * self._stands(float(left.max()), rank)
 
     def _greedy(self, distributions: Distributions, draw: Draw | None) -> TokenTree:
         tree = TokenTree()
-        # worth, age, node, value of the place, its law (None: not asked for yet, and the worth is a bound)
-        heap: list[tuple[float, int, int, float, NDArray[np.float64] | None]] = [(-1.0, 0, -1, 1.0, None)]
+        # worth, age, node, value of the place, tokens taken there, its law (None: not asked for yet, worth is a bound)
+        heap: list[tuple[float, int, int, float, int, NDArray[np.float64] | None]] = [(-1.0, 0, -1, 1.0, 0, None)]
         age = 0
         while heap and len(tree) < self.budget:
-            _, _, node, value, left = heapq.heappop(heap)
+            _, _, node, value, rank, left = heapq.heappop(heap)
             age += 2
             if left is None:
                 left = distributions(tree, [node])[0]
                 if draw is None:
-                    heapq.heappush(heap, (-self._worth(value, left, draw), age, node, value, left))
+                    heapq.heappush(heap, (-self._worth(value, left, rank, draw), age, node, value, rank, left))
                     continue
-            child, below, beside, rest = self._expand(tree, node, left, value, draw)
+            child, below, beside, rest = self._expand(tree, node, left, value, rank, draw)
             if rest is not None and beside > 0.0:
-                heapq.heappush(heap, (-self._worth(beside, rest, draw), age, node, beside, rest))
+                worth = self._worth(beside, rest, rank + 1, draw)
+                heapq.heappush(heap, (-worth, age, node, beside, rank + 1, rest))
             if below > 0.0:
-                heapq.heappush(heap, (-below, age + 1, child, below, None))
+                heapq.heappush(heap, (-below, age + 1, child, below, 0, None))
         return tree
 
     def _layered(self, distributions: Distributions, draw: Draw | None) -> TokenTree:
@@ -100,16 +106,17 @@ class DynamicTree:
         level: list[tuple[float, int]] = [(1.0, -1)]
         while level and len(tree) < self.budget:
             laws = distributions(tree, [node for _, node in level])
-            heap = [(-self._worth(v, laws[i], draw), i, node, v, laws[i]) for i, (v, node) in enumerate(level)]
+            heap = [(-self._worth(v, laws[i], 0, draw), i, node, v, 0, laws[i]) for i, (v, node) in enumerate(level)]
             heapq.heapify(heap)
             age, following = len(heap), []
             while heap and len(tree) < self.budget:
-                worth, _, node, value, left = heapq.heappop(heap)
+                worth, _, node, value, rank, left = heapq.heappop(heap)
                 if -worth < self.threshold:
                     break
-                child, below, beside, rest = self._expand(tree, node, left, value, draw)
+                child, below, beside, rest = self._expand(tree, node, left, value, rank, draw)
                 if rest is not None and beside > 0.0:
-                    heapq.heappush(heap, (-self._worth(beside, rest, draw), age, node, beside, rest))
+                    worth = -self._worth(beside, rest, rank + 1, draw)
+                    heapq.heappush(heap, (worth, age, node, beside, rank + 1, rest))
                     age += 1
                 if below >= self.threshold:
                     following.append((below, child))

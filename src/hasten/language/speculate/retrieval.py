@@ -24,7 +24,7 @@ from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampler, SamplingState
 from hasten.language.speculate.proposal import Ask, Calibration, Host, Proposal, Proposer
 from hasten.language.speculate.verify import accept_chain
-from hasten.language.speculate.view import PAGE, RetrievalView, draft_batch, slots_for
+from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, draft_batch, slots_for
 
 __all__ = ["RetrievalProposer", "Windowed"]
 
@@ -108,8 +108,7 @@ class RetrievalProposer:
         """
         if gamma < 1 or ahead < 1 or refresh < 1 or views < 1:
             raise ConfigurationError("gamma, ahead, refresh and views must be at least 1")
-        if chunk < 1 or budget % chunk or budget < 4 * chunk:
-            raise ConfigurationError(f"a budget of {budget} tokens is no multiple of chunks of {chunk}; give one, ≥ 4")
+        check_budget(budget, chunk)
         self.inner, self.budget, self.chunk, self.gamma = inner, budget, chunk, gamma
         self.ahead, self.refresh, self.least, self.views = ahead, refresh, least, views
         self.passes = self.built = 0

@@ -30,6 +30,7 @@ class Session:
                 f"{capacity} tokens were asked for, this model takes {executor.max_context}; shorten prompt or answer"
             )
         self.executor = executor
+        self.capacity = capacity
         blocks = -(-capacity // _BLOCK)
         self.cache = executor.new_cache(blocks, _BLOCK)
         self.table = list(range(blocks))
@@ -41,9 +42,18 @@ class Session:
         self.passes += 1
         self.bytes_read += self.executor.weight_bytes + (context + rows) * self.executor.bytes_per_token
 
+    def need(self, rows: int) -> None:
+        """Raises :class:`~hasten.errors.ContextLengthError` where ``rows`` more do not fit behind ``done``."""
+        if self.done + rows > self.capacity:
+            raise ContextLengthError(
+                f"{rows} tokens and guesses behind {self.done} tokens do not fit into a cache for {self.capacity}; "
+                "choose a smaller tree, or a shorter prompt or answer"
+            )
+
     def feed(self, tokens: Sequence[int], *, every: bool = False, piece: int = 512) -> Tensor:
         """Compute tokens behind ``done``; logits of the last (1, vocabulary), or of every row."""
         assert tokens, "no token to compute"
+        self.need(len(tokens))
         parts: list[Tensor] = []
         for begin in range(0, len(tokens), piece):
             part = tokens[begin : begin + piece]
@@ -61,6 +71,7 @@ class Session:
         nothing is pending and earlier nodes are in the cache behind ``done``.
         """
         count = len(pending)
+        self.need(count + len(tokens))
         context = self.done + count
         positions, slots, lines = tree_placement(context, parents, first)
         head = list(range(self.done, context))

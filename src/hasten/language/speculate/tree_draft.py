@@ -76,6 +76,7 @@ class TreeDraft:
         from hasten.language.placement import Placement, tree_placement
         from hasten.language.ragged import RaggedBatch
 
+        session.need(len(tree))
         positions, slots, lines = tree_placement(session.done, tree.parents)
         batch = RaggedBatch.build([([tree.tokens[i] for i in nodes], session.done, session.table)], "all")
         placed = RaggedBatch(

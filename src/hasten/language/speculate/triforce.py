@@ -22,7 +22,7 @@ from hasten.language.ragged import RaggedBatch
 from hasten.language.speculate.law import Draw, chance
 from hasten.language.speculate.session import Session
 from hasten.language.speculate.verify import probabilities
-from hasten.language.speculate.view import PAGE, RetrievalView, draft_batch, slots_for
+from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, draft_batch, slots_for
 
 __all__ = ["TriForce", "draft_middle"]
 
@@ -113,8 +113,7 @@ class TriForce:
         ``refresh``: tokens after which the view is made anew, None for never. ``choose``: query, recent or random
         chunks, the last two for comparison. Raises :class:`~hasten.errors.ConfigurationError`.
         """
-        if chunk < 1 or budget % chunk or budget < 4 * chunk:
-            raise ConfigurationError(f"a budget of {budget} tokens is no multiple of chunks of {chunk}; give one, ≥ 4")
+        check_budget(budget, chunk)
         if gamma < 1 or sinks < 0 or window < 8:
             raise ConfigurationError(f"gamma {gamma} and window {window}: give at least 1 and 8")
         if choose not in ("query", "recent", "random"):

@@ -19,7 +19,7 @@ from hasten.errors import ConfigurationError
 from hasten.language.pages import widened
 from hasten.language.ragged import RaggedBatch
 
-__all__ = ["PAGE", "RetrievalView", "draft_batch", "slots_for"]
+__all__ = ["PAGE", "RetrievalView", "check_budget", "draft_batch", "slots_for"]
 
 PAGE = 16
 
@@ -27,6 +27,17 @@ PAGE = 16
 def slots_for(budget: int, extra: int) -> int:
     """Slots of a view, in whole pages."""
     return -(-(budget + extra) // PAGE) * PAGE
+
+
+def check_budget(budget: int, chunk: int) -> None:
+    """Raises :class:`~hasten.errors.ConfigurationError` for a budget that is not at least four whole chunks."""
+    if chunk < 1:
+        raise ConfigurationError(f"chunks of {chunk} tokens; give at least 1")
+    if budget % chunk or budget < 4 * chunk:
+        raise ConfigurationError(
+            f"a budget of {budget} tokens is not four or more whole chunks of {chunk}; give a multiple of {chunk} from "
+            f"{4 * chunk} on"
+        )
 
 
 class RetrievalView:
@@ -39,8 +50,7 @@ class RetrievalView:
     def __init__(self, cache: Any, table: Sequence[int], budget: int, chunk: int, choose: str = "query") -> None:
         """``cache`` and ``table``: where the copies lie, pages of 16. ``choose``: query, or recent or random chunks for
         comparison."""
-        if chunk < 1 or budget % chunk or budget < 4 * chunk:
-            raise ConfigurationError(f"a budget of {budget} tokens is no multiple of chunks of {chunk}; give one, ≥ 4")
+        check_budget(budget, chunk)
         self.cache, self.table = cache, list(table)
         self.budget, self.chunk, self.choose = budget, chunk, choose
         self.capacity = len(self.table) * PAGE

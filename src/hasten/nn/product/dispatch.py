@@ -15,9 +15,10 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
+from hasten.nn.gating import gated
 from hasten.nn.product import bfloat16, int4, int8, tiles
 from hasten.nn.product.activations import quantise_row
-from hasten.nn.product.blocks import PANEL
+from hasten.nn.product.blocks import GROUP, PANEL
 
 __all__ = [
     "BF16",
@@ -27,6 +28,8 @@ __all__ = [
     "array_at",
     "describe",
     "forms_for",
+    "gated_part",
+    "gates_in_place",
     "group_of",
     "inputs_for",
     "part",
@@ -231,14 +234,71 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
     return types.void(types.intp, types.UniTuple(types.intp, 10)), generate
 
 
+@njit(cache=True)
+def _panel_bytes(matrix: Any) -> Any:
+    """Bytes of 64 outputs."""
+    if matrix[0] == BF16:
+        return matrix[2] * PANEL * 2
+    if matrix[0] == INT8:
+        return width_of(matrix) * PANEL
+    return width_of(matrix) // int4.INPUTS * int4.BYTES
+
+
+@njit(cache=True, error_model="numpy")
+def _begin(matrix: Any, inputs: Any, rows: Any, panel: Any) -> None:
+    """Ask for a thread's first weights and for all rows in tiles, many of which another thread has just written."""
+    if matrix[7] != 0 and rows > tiles.FEWEST:
+        tiles.ask(matrix[3] + panel * _panel_bytes(matrix), min(tiles.FAR_AHEAD, _panel_bytes(matrix)))
+        width = matrix[2] * 2 if matrix[0] == BF16 else width_of(matrix)
+        tiles.ask(inputs[4], tiles.sixteens_of(min(rows, GROUP)) * 16 * width)
+
+
 @njit(cache=True, error_model="numpy")
 def part(matrix: Any, inputs: Any, out: Any, first: Any, last: Any) -> None:
     """Items ``first`` to ``last`` of ``out = x @ W.T + bias`` (see :func:`hasten.nn.product.bfloat16.panels`).
 
     ``inputs``: of :func:`inputs_for`; out (rows, out) float32, contiguous.
     """
+    rows = out.shape[0]
+    _begin(matrix, inputs, rows, first // ((rows + GROUP - 1) // GROUP))
     _call(
         matrix[6],
         (matrix[1], matrix[2], matrix[3], matrix[4], matrix[5], inputs.ctypes.data, out.shape[0], out.ctypes.data,
          first, last),
     )  # fmt: skip
+
+
+@njit(cache=True)
+def gates_in_place(matrix: Any, rows: Any) -> Any:
+    """Whether :func:`gated_part` is for this matrix of gates and ups, and of use with so many rows."""
+    return rows > tiles.FEWEST and matrix[5] == 0 and matrix[1] % (2 * PANEL) == 0
+
+
+@njit(cache=True, error_model="numpy")
+def gated_part(matrix: Any, inputs: Any, gelu: bool, out: Any, first: Any, last: Any) -> None:
+    """Items ``first`` to ``last`` of ``out = act(gate) * up``, where ``matrix`` holds the gates' outputs and then the
+    ups': an item is one group of rows times one panel of either. out (rows, inner) uint16 or float32.
+
+    So gates and ups, twice as wide as the result and in float32, never leave the cache of the thread.
+    """
+    rows = len(out)
+    groups = (rows + GROUP - 1) // GROUP
+    half = matrix[1] // (2 * PANEL)
+    size = _panel_bytes(matrix)
+    pair = tiles.room_for(2 * rows * PANEL * 4).view(np.float32).reshape((2, rows, PANEL))
+    _begin(matrix, inputs, rows, first // groups)
+    item = first
+    while item < last:
+        panel, begin = item // groups, item % groups
+        end = min(groups, begin + last - item)
+        item += end - begin
+        for side in range(2):
+            here = panel + side * half
+            scale = matrix[4] + here * PANEL * 4 if matrix[4] != 0 else 0
+            _call(
+                matrix[6],
+                (PANEL, matrix[2], matrix[3] + here * size, scale, 0, inputs.ctypes.data, rows, pair[side].ctypes.data,
+                 begin, end),
+            )  # fmt: skip
+        for row in range(begin * GROUP, min(rows, end * GROUP)):
+            gated(pair[0, row], pair[1, row], gelu, out[row, panel * PANEL : panel * PANEL + PANEL])

@@ -115,11 +115,12 @@ def broadcast(builder: Any, address: Any, offset: int | Any) -> Any:
     return splat(builder, load(builder, address, offset, _WORD))
 
 
-def prefetch(builder: Any, address: Any, offset: int | Any) -> None:
-    """Ask for the line of memory at ``address + offset``; it may lie beyond the end."""
+def prefetch(builder: Any, address: Any, offset: int | Any, level: int = 0) -> None:
+    """Ask for the line of memory at ``address + offset``; it may lie beyond the end. ``level`` 1: into the second cache
+    and not the first."""
     where = pointer(builder, address, offset, ir.IntType(8))
     function = ir.FunctionType(ir.VoidType(), [where.type])
-    builder.call(ir.InlineAsm(function, "prefetcht0 ($0)", "r", side_effect=True), [where])
+    builder.call(ir.InlineAsm(function, f"prefetcht{level} ($0)", "r", side_effect=True), [where])
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:

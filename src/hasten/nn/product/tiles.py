@@ -28,9 +28,11 @@ from hasten.nn.product.bfloat16 import stretch, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
 
 __all__ = [
+    "FAR_AHEAD",
     "FEWEST",
     "TILE",
     "arrange_row",
+    "ask",
     "byte_panels",
     "close_tiles",
     "granted",
@@ -52,7 +54,12 @@ _PAIRS = 16
 TILE = 16 * LINE
 """Bytes of a tile."""
 AHEAD = 4 * TILE
-"""Bytes between a weight in use and the one asked for, in a panel's first pass; later passes ask for what follows."""
+"""Bytes between a weight in use and the one asked for, where one pass over the panel does for all rows."""
+FAR_AHEAD = 32 * TILE
+"""The same where weights are passed several times: these are asked for into the second cache."""
+_BITE = 2
+"""Tiles of inputs that all rows are multiplied with before the next ones are: activations and weights of a bite lie in
+the first cache, so that the way from the second is free for the stream of weights."""
 _WORD = ir.IntType(64)
 _SPAN = 512
 _REQUEST, _TILE_DATA, _SYSCALL = 0x1023, 18, 158  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, arch_prctl
@@ -92,20 +99,12 @@ def _configure(builder: Any, narrow: int = LINE) -> None:
 
 
 def _block(
-    builder: Any,
-    halves: int,
-    x: Any,
-    tall: Any,
-    weights: Any,
-    steps: Any,
-    sums: Any,
-    dot: str,
-    fresh: bool,
-    ask: Callable[[Any, Any], None],
-    first: Any,
-) -> None:
+    builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: Any,
+    ask: Callable[[Any, Any, int], None], first: Any,
+) -> None:  # fmt: skip
     """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), or written there
-    where they are ``fresh``. ``ask(pass, step)`` asks for weights to come; passes are counted from ``first``."""
+    where they are ``fresh`` (None: they never are). ``ask(pass, step, quarter)`` asks for weights to come, before
+    each of the four products of a step; passes are counted from ``first``."""
     line = ir.Constant(_WORD, PANEL * 4)
     rows = [builder.add(x, scaled(builder, tall, i)) for i in range(halves)]
     # Four tiles of sums: 16 rows by 64 outputs in one pass over the panel, or 32 rows by 32 outputs in two.
@@ -116,24 +115,37 @@ def _block(
             for i in range(halves)
             for j in range(columns)
         ]
-        for tile, where in places:
-            if fresh:
-                run_assembly(builder, f"tilezero %tmm{tile}")
-            else:
+
+        def resume(places: Any = places) -> None:
+            for tile, where in places:
                 run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
+
+        if fresh is None:
+            resume()
+        else:
+            with builder.if_else(fresh) as (begin, go_on):
+                with begin:
+                    for tile, _ in places:
+                        run_assembly(builder, f"tilezero %tmm{tile}")
+                with go_on:
+                    resume()
         with cgutils.for_range(builder, steps) as loop:
             along = scaled(builder, loop.index, TILE)
             panel = builder.add(weights, scaled(builder, loop.index, 4 * TILE))
-            ask(builder.add(first, ir.Constant(_WORD, side)), loop.index)
-            for i in range(halves):
-                where = builder.add(rows[i], along)
-                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", where, ir.Constant(_WORD, LINE))
+            number = builder.add(first, ir.Constant(_WORD, side))
+            ask(number, loop.index, 0)
             for j in range(columns):
                 tile = 4 + halves + j % (4 - halves)
                 where = builder.add(panel, ir.Constant(_WORD, (columns * side + j) * LINE))
-                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
                 for i in range(halves):
+                    if j == 0:
+                        own = builder.add(rows[i], along)
+                        run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{4 + i}", own, ir.Constant(_WORD, LINE))
+                    if i == 0:
+                        run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
                     run_assembly(builder, f"{dot} %tmm{tile}, %tmm{4 + i}, %tmm{columns * i + j}")
+                    if halves * j + i < 3:
+                        ask(number, loop.index, halves * j + i + 1)
         for tile, where in places:
             run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
 
@@ -141,46 +153,77 @@ def _block(
 def _tiles_of(dot: str, fresh: bool) -> Any:
     @intrinsic
     def tiles_of(
-        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, sixteens: Any, following: Any
+        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, sixteens: Any, following: Any, lines: Any
     ) -> Any:
         """16 * ``sixteens`` rows (arranged, ``tall`` bytes for 16 of them) times ``steps`` tiles of a panel's inputs,
-        to ``sums``; see :func:`_block`. ``following``: address of as many weights to ask for, or 0."""
-        return types.void(*[types.intp] * 7), _generator(dot, fresh)
+        to ``sums``; see :func:`_block`. Meanwhile the weights from ``following`` on are asked for, ``lines`` of them
+        after each product of two tiles."""
+        return types.void(*[types.intp] * 8), _generator(dot, fresh)
 
     return tiles_of
 
 
 def _generator(dot: str, fresh: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, tall, weights, steps, sums, sixteens, following = arguments
-        zero, one, two = (ir.Constant(_WORD, n) for n in range(3))
-        # The lines of the next stretch are spread evenly over the passes of this one, four at a time.
-        wanted = builder.icmp_signed("!=", following, zero)
-        fours = builder.select(
-            wanted, builder.sdiv(builder.add(builder.sub(sixteens, one), ir.Constant(_WORD, 16)), sixteens), zero
-        )
-        share = scaled(builder, fours, 4 * LINE)
+        x, tall, weights, steps, sums, sixteens, following, lines = arguments
+        zero, one, two, bite = (ir.Constant(_WORD, n) for n in (0, 1, 2, _BITE))
+        share = scaled(builder, lines, 4 * LINE)
 
-        def ask(number: Any, step: Any) -> None:
-            done = builder.add(builder.mul(number, steps), step)
-            begin = builder.add(following, builder.mul(done, share))
-            with cgutils.for_range(builder, fours) as loop:
-                here = builder.add(begin, scaled(builder, loop.index, 4 * LINE))
-                for i in range(4):
-                    avx.prefetch(builder, here, i * LINE)
+        def passes(x: Any, weights: Any, steps: Any, following: Any, first: Any, single: bool) -> None:
+            def ask_for(number: Any, step: Any, quarter: int) -> None:
+                if single and quarter:
+                    return
+                done = builder.add(builder.mul(number, steps), step)
+                begin = builder.add(following, builder.mul(done, share))
+                begin = builder.add(begin, scaled(builder, lines, quarter * LINE))
+                with cgutils.for_range(builder, lines) as loop:
+                    here = builder.add(begin, scaled(builder, loop.index, 4 * LINE if single else LINE))
+                    for i in range(4 if single else 1):
+                        avx.prefetch(builder, here, i * LINE, 0 if single else 1)
 
-        def block(halves: int, number: Any) -> None:
-            at = builder.add(x, builder.mul(number, tall))
-            target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
-            _block(builder, halves, at, tall, weights, steps, target, dot, fresh, ask, number)
+            def block(halves: int, number: Any) -> None:
+                at = builder.add(x, builder.mul(number, tall))
+                target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
+                _block(builder, halves, at, tall, weights, steps, target, dot, first, ask_for, number)
 
-        with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
-            block(2, scaled(builder, loop.index, 2))
-        with builder.if_then(builder.icmp_signed("!=", builder.srem(sixteens, two), zero)):
-            block(1, builder.sub(sixteens, one))
+            if single:
+                block(1, zero)
+                return
+            with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
+                block(2, scaled(builder, loop.index, 2))
+            with builder.if_then(builder.icmp_signed("!=", builder.srem(sixteens, two), zero)):
+                block(1, builder.sub(sixteens, one))
+
+        with builder.if_else(builder.icmp_signed("==", sixteens, one)) as (alone, several):
+            with alone:
+                passes(x, weights, steps, following, ir.Constant(ir.IntType(1), 1) if fresh else None, single=True)
+            with several:
+                bites = builder.sdiv(builder.add(steps, builder.sub(bite, one)), bite)
+                with cgutils.for_range(builder, bites) as loop:
+                    done = builder.mul(loop.index, bite)
+                    rest = builder.sub(steps, done)
+                    count = builder.select(builder.icmp_signed("<", rest, bite), rest, bite)
+                    first = builder.icmp_signed("==", done, zero) if fresh else None
+                    here = builder.add(x, scaled(builder, done, TILE))
+                    there = builder.add(weights, scaled(builder, done, 4 * TILE))
+                    asked = builder.mul(builder.mul(done, sixteens), share)
+                    passes(here, there, count, builder.add(following, asked), first, single=False)
         return context.get_dummy_value()
 
     return generate
+
+
+@intrinsic
+def ask(typing: Any, address: Any, count: Any) -> Any:
+    """Ask for ``count`` bytes to be in the second cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, count = arguments
+        with cgutils.for_range(builder, builder.sdiv(count, ir.Constant(_WORD, LINE))) as loop:
+            avx.prefetch(builder, builder.add(address, scaled(builder, loop.index, LINE)), 0, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
 
 
 @intrinsic
@@ -238,6 +281,26 @@ def sixteens_of(rows: int) -> int:
     return (rows + 15) // 16
 
 
+@njit(cache=True)
+def _serves_as_sums(out: Any, count: int) -> Any:
+    """Whether ``count`` rows of ``out`` can hold the sums themselves: whole tiles that are lines of memory."""
+    return out.shape[1] == PANEL and out.itemsize == 4 and count % 16 == 0 and out.ctypes.data % LINE == 0
+
+
+@njit(cache=True)
+def lines_for(sixteens: int) -> int:
+    """Lines to ask for after each product of two tiles, so that as many are asked for as are used."""
+    return (16 + sixteens - 1) // sixteens
+
+
+@njit(cache=True)
+def _sums_for(rows: int) -> Any:
+    """(rows, 64) int32 for a group of rows: whole tiles, whose lines are lines of memory, for one that straddles two
+    takes twice the time."""
+    tall = sixteens_of(min(rows, GROUP)) * 16
+    return room_for(tall * PANEL * 4).view(np.int32).reshape((tall, PANEL))
+
+
 @njit(cache=True, error_model="numpy")
 def arrange_row(line: Any, tiles: Any, row: int) -> None:
     """Put row number ``row`` into tiles: line (in,), of which 64 bytes go to each step; tiles (sixteens, steps, 16, 64
@@ -270,13 +333,17 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
-    sums = np.empty((sixteens_of(min(rows, GROUP)) * 16, PANEL), np.float32)
+    room = _sums_for(rows).view(np.float32)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
     tall = tiles.shape[1] * TILE
     open_tiles()
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
         count = min(GROUP, rows - start)
+        sixteens = sixteens_of(count)
+        ahead = AHEAD if sixteens == 1 else FAR_AHEAD
+        in_place = len(bias) == 0 and _serves_as_sums(out, count)
+        sums = out.view(np.float32)[start : start + count] if in_place else room
         sums[:] = 0
         for pair in range(0, pairs, _SPAN):
             span = min(_SPAN, pairs - pair)
@@ -285,7 +352,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
             if whole > 0:
                 _tiles(
                     tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole,
-                    sums.ctypes.data, sixteens_of(count), there + AHEAD if start == 0 else 0,
+                    sums.ctypes.data, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
                 )  # fmt: skip
             if whole * _PAIRS < span:
                 done = whole * _PAIRS
@@ -293,7 +360,8 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
                     x_base + start * x_stride + (pair + done) * 4, x_stride, there + done * PANEL * 4, span - done,
                     sums.ctypes.data, count,
                 )  # fmt: skip
-        write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
+        if not in_place:
+            write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
     close_tiles()
 
 
@@ -315,13 +383,19 @@ def takes_bytes(inputs: int) -> bool:
 
 
 @njit(cache=True, fastmath={"contract"}, error_model="numpy")
-def _add_scaled(totals: Any, starts: Any, scales: Any, group: int, sums: Any) -> None:
-    """sums[row] += scale[row] * (start[row] + totals[row]), rounded once, as the registers do."""
+def _add_scaled(totals: Any, starts: Any, scales: Any, group: int, sums: Any, following: int, share: int) -> None:
+    """sums[row] += scale[row] * (start[row] + totals[row]), rounded once, as the registers do; the first group's are
+    written there. Each row asks for ``share`` bytes of what lies at ``following``."""
     for row in range(len(totals)):
+        ask(following + row * share, share)
         start, scale = starts[row, group], scales[row, group]
         line, target = totals[row], sums[row]
-        for i in range(PANEL):
-            target[i] = np.float32(np.int32(line[i] + start)) * scale + target[i]
+        if group == 0:
+            for i in range(PANEL):
+                target[i] = np.float32(np.int32(line[i] + start)) * scale + np.float32(0.0)
+        else:
+            for i in range(PANEL):
+                target[i] = np.float32(np.int32(line[i] + start)) * scale + target[i]
 
 
 @njit(cache=True, error_model="numpy")
@@ -334,23 +408,37 @@ def byte_panels(
     quads = weights.shape[1]
     span = int8.INPUTS // 4
     groups = (quads + span - 1) // span
-    most = sixteens_of(min(rows, GROUP)) * 16
-    sums = np.empty((most, PANEL), np.float32)
-    totals = np.empty((most, PANEL), np.int32)
+    sums, totals = _sums_for(rows).view(np.float32), _sums_for(rows)
     base, tall = weights.ctypes.data, tiles.shape[1] * TILE
     open_tiles()
     for item in range(first, last):
         panel, begin = item // parts, (item % parts) * GROUP
         count = min(GROUP, rows - begin)
-        sums[:count] = 0
+        sixteens = sixteens_of(count)
+        ahead = AHEAD if sixteens == 1 else FAR_AHEAD
+        lines = lines_for(sixteens) if begin == 0 else 0
+        # Of many rows' weights a part is asked for while sums are scaled.
+        sooner = lines - lines // 4 if sixteens > 1 else lines
         for group in range(groups):
             here = min(span, quads - group * span)
             there = base + (panel * quads + group * span) * PANEL * 4
+            steps = here // _PAIRS
             _byte_tiles(
-                tiles.ctypes.data + begin // 16 * tall + group * (span // _PAIRS) * TILE, tall, there, here // _PAIRS,
-                totals.ctypes.data, sixteens_of(count), there + AHEAD if begin == 0 else 0,
+                tiles.ctypes.data + begin // 16 * tall + group * (span // _PAIRS) * TILE, tall, there, steps,
+                totals.ctypes.data, sixteens, there + ahead, sooner,
             )  # fmt: skip
-            _add_scaled(totals[:count], starts[begin:], scales[begin:], group, sums)
+            asked = sooner * 4 * sixteens * steps
+            left = max(0, 4 * _PAIRS * steps - asked) if lines > 0 else 0
+            following = there + ahead + asked * LINE
+            _add_scaled(
+                totals[:count],
+                starts[begin:],
+                scales[begin:],
+                group,
+                sums,
+                following,
+                (left + count - 1) // count * LINE,
+            )
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
         int8.write_scaled(sums, count, weight_scales, bias, out, begin, low, high)
     close_tiles()
