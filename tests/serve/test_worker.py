@@ -1,10 +1,15 @@
 """A real decoder in a real process: start-up in phases, knobs from the SLO, a calibration that is kept."""
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
 
+from hasten.clock import ManualClock
 from hasten.serve.cost import IterationCost
+from hasten.serve.derive import derive_budget
 from hasten.serve.server import start
+from hasten.serve.worker import WorkerConfig
 
 SETTINGS = {"loader": "fakes:load_tiny", "num_blocks": 64, "threads": 1, "calibration_seconds": 1.0, "max_num_seqs": 8}
 
@@ -48,13 +53,7 @@ def test_greedy_answers_repeat(calibrated):
     assert first["usage"]["completion_tokens"] == 8
 
 
-def test_a_budget_for_each_step_or_one_for_the_worst(monkeypatch, tmp_path):
-    from types import SimpleNamespace
-
-    from hasten.clock import ManualClock
-    from hasten.serve.derive import derive_budget
-    from hasten.serve.worker import WorkerConfig
-
+def test_a_budget_for_each_step_or_one_for_the_worst(tmp_path):
     path = tmp_path / "cost.json"
     cost = IterationCost.preset("opt-13b/a100")
     cost.save(path)

@@ -30,7 +30,17 @@ from hasten.language.latent import is_latent
 if TYPE_CHECKING:
     from hasten.language.loading import LanguageModel
 
-__all__ = ["Compressed", "TextSample", "by_scheme", "float_decoder", "keeping", "loss_of", "read_texts"]
+__all__ = [
+    "Compressed",
+    "Converted",
+    "TextSample",
+    "by_scheme",
+    "float_decoder",
+    "keeping",
+    "loss_of",
+    "perplexity_of",
+    "read_texts",
+]
 
 Progress = Callable[[str, float], None]
 _BATCH = 8
@@ -74,19 +84,13 @@ def _batched(pieces: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Compressed:
-    """What came out."""
+class Converted:
+    """A decoder that a technique made of a language model, and what that cost."""
 
     model: nn.Module = field(repr=False)
-    """the decoder with codes in place of matrices; :func:`hasten.language.compressed.write` makes a folder of it"""
+    """the decoder as it is now"""
     perplexity: tuple[float, float] | None
     """of the model given and of this one on the held-out text, where there was text"""
-    widths: dict[str, int]
-    """layer -> bits, 16 for what was kept"""
-    predicted: tuple[float, float] | None = None
-    """seconds of all layers for one token before and after, by the measured table of kernels, where it was searched"""
-    notes: tuple[str, ...] = ()
-    """plain sentences"""
 
     @property
     def report(self) -> TechniqueReport:
@@ -98,6 +102,18 @@ class Compressed:
     def kept(self) -> float | None:
         """Quality that was kept: perplexity before over after."""
         return None if self.perplexity is None else self.perplexity[0] / self.perplexity[1]
+
+
+@dataclass(frozen=True)
+class Compressed(Converted):
+    """A decoder with codes in place of matrices; :func:`hasten.language.compressed.write` makes a folder of it."""
+
+    widths: dict[str, int]
+    """layer -> bits, 16 for what was kept"""
+    predicted: tuple[float, float] | None = None
+    """seconds of all layers for one token before and after, by the measured table of kernels, where it was searched"""
+    notes: tuple[str, ...] = ()
+    """plain sentences"""
 
 
 def read_texts(path: Path) -> list[str]:
@@ -133,7 +149,7 @@ def loss_of(decoder: nn.Module, batch: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
-def _perplexity(decoder: nn.Module, batches: Sequence[Tensor]) -> float:
+def perplexity_of(decoder: nn.Module, batches: Sequence[Tensor]) -> float:
     with torch.inference_mode():
         total = sum(float(loss_of(decoder, b)) * len(b) for b in batches)
         return math.exp(total / sum(len(b) for b in batches))
@@ -173,7 +189,7 @@ def by_scheme(
     told("measuring", 0.9)
     both = None
     if sample is not None:
-        both = _perplexity(decoder, sample.held_out), _perplexity(small, sample.held_out)
+        both = perplexity_of(decoder, sample.held_out), perplexity_of(small, sample.held_out)
     return Compressed(small, both, _widths(small))
 
 
@@ -196,7 +212,7 @@ def keeping(
         scores = scoring(decoder, loss_of, tuning, progress=lambda s, x: told(s, 0.5 * x))
     table = layer_latency(decoder, lambda m, x: m(x), sample.calibration[0][:1, :tokens])
     found = BisectPrecision(
-        scores, lambda m, batches: 1 / _perplexity(m, batches), floor=keep, bits=(8, 4), latency=table
+        scores, lambda m, batches: 1 / perplexity_of(m, batches), floor=keep, bits=(8, 4), latency=table
     )(decoder, list(search), progress=lambda s, x: told(s, 0.5 + 0.2 * x))
     widths = {p: w for p, w in found.widths.items() if w < 16}
     if not widths and sum("stays above" in n for n in found.notes) == len(scores.units):
@@ -205,7 +221,7 @@ def keeping(
             "memory"
         )
     order = sorted(scores.units, key=lambda u: _score(scores, u), reverse=True)
-    base = _perplexity(decoder, sample.held_out)
+    base = perplexity_of(decoder, sample.held_out)
     notes = list(found.notes)
     small, after = decoder, base
     for attempt in _relaxed(widths, order):
@@ -214,7 +230,7 @@ def keeping(
         told("quantising for real", 0.75)
         technique = _technique(attempt, decoder)
         small = technique(decoder, list(sample.calibration))
-        after = _perplexity(small, sample.held_out)
+        after = perplexity_of(small, sample.held_out)
         widths = attempt
         if base / after >= keep:
             break

@@ -6,17 +6,15 @@ and the perplexity on other text says what it cost. Bytes are those of a token i
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hasten.compress.mla import ToMLA
-from hasten.compress.technique import TechniqueReport
 from hasten.errors import ConfigurationError
-from hasten.language.compressing import TextSample, float_decoder, loss_of
+from hasten.language.compressing import Converted, TextSample, float_decoder, perplexity_of
 from hasten.language.latent import is_latent, save
 
 if TYPE_CHECKING:
@@ -26,26 +24,11 @@ __all__ = ["SmallerCache", "smaller_cache"]
 
 
 @dataclass(frozen=True)
-class SmallerCache:
-    """What came out."""
+class SmallerCache(Converted):
+    """A decoder with latent attention, in float32."""
 
-    model: torch.nn.Module = field(repr=False)
-    """the decoder with latent attention, in float32"""
-    perplexity: tuple[float, float] | None
-    """of the model given and of this one on the held-out text, where there was text"""
     bytes_per_token: tuple[int, int]
     """of the cache at 16 bits, before and after"""
-
-    @property
-    def report(self) -> TechniqueReport:
-        """Layer by layer."""
-        found: TechniqueReport = self.model.report  # type: ignore[assignment]
-        return found
-
-    @property
-    def kept(self) -> float | None:
-        """Quality that was kept: perplexity before over after."""
-        return None if self.perplexity is None else self.perplexity[0] / self.perplexity[1]
 
     def write(self, source: Path, out: Path) -> None:
         """A folder with the tokeniser of ``source`` and its weights in bfloat16 where the source's are."""
@@ -66,14 +49,8 @@ def smaller_cache(model: LanguageModel, technique: ToMLA, sample: TextSample | N
     found: Any = technique(decoder, None if sample is None else sample.calibration)
     perplexity = None
     if sample is not None:
-        perplexity = (_perplexity(decoder, sample), _perplexity(found, sample))
+        perplexity = (perplexity_of(decoder, sample.held_out), perplexity_of(found, sample.held_out))
     return SmallerCache(found, perplexity, (found.model_cache_bytes, found.cache_bytes_per_token))
-
-
-def _perplexity(decoder: torch.nn.Module, sample: TextSample) -> float:
-    with torch.inference_mode():
-        total = sum(float(loss_of(decoder, b)) * len(b) for b in sample.held_out)
-    return math.exp(total / sum(len(b) for b in sample.held_out))
 
 
 def _stored(folder: Path) -> torch.dtype:

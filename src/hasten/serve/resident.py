@@ -42,7 +42,7 @@ def drop_library_pages(smaps: str | Path = "/proc/self/smaps") -> int:
 def keep_heap_small(largest: int = 8 << 20) -> None:
     """Let glibc take pieces of more than ``largest`` bytes from the system and give them back when they are freed.
 
-    By itself it raises that size with every large piece it sees freed, up to 32 MiB, and then keeps as much again.
+    By itself it raises that size with every large piece it sees freed, up to 32 MiB, and keeps twice that much.
     """
     with contextlib.suppress(OSError, AttributeError):
         change = ctypes.CDLL(None).mallopt

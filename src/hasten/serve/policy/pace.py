@@ -141,7 +141,7 @@ class Share:
                 gathered + (past if length > 1 else 0),
             )
 
-    def seats(self, prompt: int) -> bool:
+    def admits(self, prompt: int) -> bool:
         """Whether a request of ``prompt`` tokens could decode beside the others within the limit."""
         if self._pace is None:
             return True

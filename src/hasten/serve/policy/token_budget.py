@@ -204,7 +204,7 @@ class TokenBudget:
         for seq in observation.waiting:
             computed = seq.computed
             length = share.piece(computed, seq.known - computed)
-            if length <= 0 or seats <= 0 or not share.seats(seq.known):
+            if length <= 0 or seats <= 0 or not share.admits(seq.known):
                 return
             if self.dynamic is not None:
                 length = min(length, self.dynamic.limit(computed))
