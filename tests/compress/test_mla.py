@@ -114,6 +114,7 @@ def test_whole_pages_are_attended_as_shares_of_the_context_are(technique, monkey
     for few in (latent._FEW_ROWS, 0):
         monkeypatch.setattr(latent, "_FEW_ROWS", few)
         executor = LatentExecutor(small, precision="bf16")
+        executor._stack = None  # all layers in one call have a kernel of their own
         cache, table = executor.new_cache(9, 16), list(range(8, -1, -1))
         executor.step(RaggedBatch.build([(list(range(5, 105)), 0, table)]), cache)
         rows.append(executor.step(RaggedBatch.build([([7, 8, 9], 100, table)], "all"), cache))
@@ -151,6 +152,17 @@ def test_the_rotation_stays_where_it_would_be_missed():
         layer.self_attn.k_proj.weight.data[[3, 7]] *= 4  # the strongest as well
     small = ToMLA(kv_rank=10, rope_dims=6)(model, [TOKENS])
     assert [layer.self_attn.pairs.tolist() for layer in small.model.layers] == [[0, 1, 2]] * 2
+
+
+def test_what_no_query_asks_for_loses_its_rotation_and_folds_turn_at_their_fastest():
+    model = decoder(1)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.view(4, 8, 32)[:, [0, 4]] = 0.0  # the fastest pair of every head
+    for by_data in (True, False):
+        small = ToMLA(kv_rank=10, rope_dims=2, by_data=by_data)(model, [TOKENS])
+        assert [layer.self_attn.pairs.tolist() for layer in small.model.layers] == [[1]] * 2
+    folded = ToMLA(kv_rank=10, rope_dims=4, freqfold=2)(decoder(1), [TOKENS])
+    assert {p for layer in folded.model.layers for p in layer.self_attn.pairs.tolist()} <= {0, 2}
 
 
 def test_balance_looks_at_channels():
@@ -196,6 +208,8 @@ def test_bad_input_is_one_line():
         ToMLA(kv_rank=99, rope_dims=8)(model, [TOKENS])
     with pytest.raises(ConfigurationError, match="fitted to data"):
         ToMLA(kv_rank=4)(model)
+    with pytest.raises(ConfigurationError, match="try it on"):
+        ToMLA(kv_rank=4, freqfold="auto", by_data=False)(model)
     for knobs in ({"kv_rank": 0}, {"rope_dims": 3}, {"freqfold": 0}):
         with pytest.raises(ConfigurationError):
             ToMLA(**knobs)

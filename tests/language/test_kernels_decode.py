@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.language import kernels_cpu, kernels_decode, kernels_tiles
-from hasten.language.kernels_stack import _in_parts
+from hasten.language.kernels_phases import in_parts
 
 pytestmark = pytest.mark.skipif(not kernels_tiles.takes(16, 64), reason="this processor has no matrix tiles")
 
@@ -56,7 +56,7 @@ class Case:
         job[5:8], job[8] = [a.ctypes.data for a in arrays], self.rows
         job[9:14] = self.keys.ctypes.data, self.values.ctypes.data, window, out.ctypes.data, self.chunk_of.ctypes.data
         job[17] = np.float32(self.width**-0.5).view(np.uint32)
-        _in_parts(kernels_decode.code_for(self.lanes).address, job, np.array(cuts, np.int64))
+        in_parts(kernels_decode.code_for(self.lanes).address, job, np.array(cuts, np.int64), 0, 1)
         return floats(out)
 
 

@@ -4,12 +4,16 @@ Those of dyspec, triforce and transmla take up to a minute each and are left to 
 train with are tested here.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from hasten.compress import ToMLA
 from hasten.language import Decoder, DecoderConfig
+from hasten.language.decoder import rotary_tables
+from hasten.nn import rotate
 from hasten.studies import _grouped, _recall
 from hasten.testing.study_kit import StudyKit
 
@@ -26,37 +30,58 @@ def small():
     return Decoder(config).eval()
 
 
+def test_every_piece_that_is_asked_for_was_said():
+    for length in (64, 4096):
+        ids = _recall.rows(np.random.default_rng(3), 2, length)
+        assert ids.shape == (2, length)
+        size = length - _recall.asked_of(length) * _recall.PIECE
+        for row in ids.tolist():
+            place = {word: i for i, word in enumerate(row[:size])}
+            assert len(place) == size
+            for at in range(size, length, _recall.PIECE):
+                begin = place[row[at]]
+                assert row[begin : begin + _recall.PIECE] == row[at : at + _recall.PIECE]
+
+
 def test_every_question_has_its_record():
-    ids = _recall.rows(np.random.default_rng(3), 4, 130).reshape(4, -1, _recall.UNIT)
-    assert ids.shape[1] == 130 // _recall.UNIT
-    for row in ids.tolist():
-        records = {unit[1]: unit[3:] for unit in row if unit[0] == _recall.RECORD}
-        asked = [unit for unit in row if unit[0] == _recall.ASKED]
-        assert len(asked) == len(row) // 2 == len({unit[1] for unit in asked})
-        assert all(records[unit[1]] == unit[3:] for unit in asked)
     one = _recall.question(np.random.default_rng(3), 130)
     assert one == _recall.question(np.random.default_rng(3), 130)
-    assert one.prompt[-4] == _recall.ASKED
-    at = one.prompt.index(one.prompt[-3])
-    assert one.prompt[at + 2 : at + 6] == (one.prompt[-1], *one.answer)
+    assert len(one.answer) == _recall.RECORD - 1
+    at = one.prompt.index(one.prompt[-1])
+    assert at % _recall.RECORD == 0
+    assert one.prompt[at + 1 : at + _recall.RECORD] == one.answer
+    assert at < len(one.prompt) - 4 * _recall.RECORD
 
 
-def test_the_loss_of_recall_counts_answers_only():
-    """A decoder that knows every answer has no loss, whatever it says elsewhere."""
-
-    class Knows:
-        def logits(self, hidden):
-            return hidden
-
-    for length in (42, 49, 126):
+def test_the_loss_of_recall_counts_values_only():
+    """A decoder that knows every value has no loss, whatever it says elsewhere."""
+    vectors = torch.randn(_recall.VOCABULARY, 32, generator=torch.Generator().manual_seed(0))
+    decoder = SimpleNamespace(lm_head=SimpleNamespace(weight=vectors))
+    for length in (64, 128):
         ids = _recall.rows(np.random.default_rng(0), 2, length)
-        sure = 50.0 * torch.nn.functional.one_hot(ids[:, 1:], _recall.VOCABULARY).float()
-        units = ids.shape[1] // _recall.UNIT
-        place = torch.arange(sure.shape[1]) + 1
-        records = place < (units - units // 2) * _recall.UNIT
-        sure[:, records | (place % _recall.UNIT < 3)] = 0.0
-        loss = _recall._answers(Knows())(ids[:, :-1], sure)
-        assert float(loss) < 1e-3
+        sure = 10.0 * vectors[ids[:, 1:]]
+        place = torch.arange(length - 1) + 1
+        begin = length - _recall.asked_of(length) * _recall.PIECE
+        unknown = (place < begin) | ((place - begin) % _recall.PIECE == 0)
+        sure[:, unknown] = 0.0
+        loss = _recall._values(decoder)
+        assert float(loss(ids[:, :-1], sure)) < 1e-3
+        sure[:, begin] = 0.0  # the word behind the first key
+        assert float(loss(ids[:, :-1], sure)) > 0.05
+
+
+def test_a_head_for_the_word_before_looks_there():
+    torch.manual_seed(0)
+    decoder = Decoder(_recall._config())
+    _recall._begin(decoder)
+    attention = decoder.model.layers[0].self_attn
+    cos, sin = rotary_tables(decoder.config, 200)
+    query, keys = (
+        rotate(bias.view(4, 1, 64).expand(4, 200, 64), cos, sin)
+        for bias in (attention.q_proj.bias, attention.k_proj.bias)
+    )
+    scores = query[0] @ keys[0].T
+    assert scores[1:].tril(0).argmax(1).tolist() == list(range(199))
 
 
 def test_the_climb_goes_on_when_a_length_is_learned():

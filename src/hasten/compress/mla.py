@@ -4,8 +4,8 @@
 is what grouped-query attention caches, and repeating it per head is a factor (an identity). Level 1: one rotation per
 frequency gathers the keys' energy (RoRoPE; neighbouring frequencies may share one, FreqFold), ``rope_dims`` numbers
 keep their rotation, the rest loses it and is compressed with the values by one balanced PCA.
-Differs from the paper in: over all frequencies, those keep the rotation that would miss it most, energy times
-``1 - cos(frequency * distance)`` on average; the paper keeps the strongest of each frequency.
+Differs from the paper in: over all frequencies, those keep the rotation that would miss it most, energy of keys times
+that of queries times ``1 - cos(frequency * distance)`` on average; the paper keeps the strongest of each frequency.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from hasten.nn.latent import LatentAttention
 
 __all__ = ["ToMLA"]
 
+_COMPARED = 4
+"""Tensors of the calibration on which a converted model is compared with the original."""
+
 
 @register
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ToMLA:
     rope_dims: int | None = None
     """numbers that keep their rotation, shared by all heads; None keeps all"""
     freqfold: int | str = 1
-    """neighbouring frequencies that share one rotation; ``auto`` doubles it while the loss on the calibration falls"""
+    """neighbouring frequencies that share one rotation and turn at the fastest of them from then on; ``auto`` doubles
+    it while the loss on the calibration falls"""
     balance: bool = True
     """scale keys to the size of values (mean norm of a channel) before the PCA, so that neither crowds the other out"""
     by_data: bool = True
@@ -71,6 +75,8 @@ class ToMLA:
         if self.level == 1 and self.by_data and not calibration:
             raise ConfigurationError("a smaller cache is fitted to data; give token tensors, or by_data=False")
         if self.freqfold == "auto" and self.level == 1:
+            if not calibration:
+                raise ConfigurationError("freqfold is auto, which needs tokens to try it on; give some, or a number")
             return self._folded(model, calibration)
         clone = copy.deepcopy(model).eval()
         seen = _inputs(model, layers, calibration or []) if self.level == 1 and self.by_data else {}
@@ -95,7 +101,7 @@ class ToMLA:
         )
         measured = {}
         if calibration:
-            measured["sqnr"] = _compare(model, clone, calibration)
+            measured["sqnr"] = _compare(model, clone, calibration[:_COMPARED])
         clone.report = TechniqueReport(self.name, tuple(reports), tuple(notes), measured)  # type: ignore[assignment]
         clone.cache_bytes_per_token = 2 * after  # type: ignore[assignment]
         clone.model_cache_bytes = 2 * before  # type: ignore[assignment]
@@ -134,7 +140,8 @@ class ToMLA:
         real, imaginary = order, order + half
         frequency = torch.arange(half).repeat_interleave(groups)
         missed = _missed(config, old.local, context or config.max_position_embeddings)
-        keep, turn, pairs = self._rotation(key_weight, key_bias, x, real, imaginary, frequency, groups, missed)
+        asked = _asked(old, x)
+        keep, turn, pairs = self._rotation(key_weight, key_bias, x, real, imaginary, frequency, groups, missed, asked)
         both = torch.cat([real, imaginary])
         mixed = torch.block_diag(turn, turn)  # acts on real and imaginary parts alike
         weight, bias = mixed @ key_weight[both], mixed @ key_bias[both]
@@ -204,11 +211,12 @@ class ToMLA:
 
     def _rotation(
         self, weight: Tensor, bias: Tensor, x: Tensor | None, real: Tensor, imaginary: Tensor, frequency: Tensor,
-        groups: int, missed: Tensor,
+        groups: int, missed: Tensor, asked: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Which components keep the rotation, the orthogonal turn before that, and the frequency of each kept one.
 
-        ``missed`` (frequencies,): share of a component's energy that scores get wrong where it is not rotated.
+        ``missed`` (frequencies,): share of a component's energy that scores get wrong where it is not rotated;
+        ``asked`` (key heads, frequencies): energy of the queries that meet a component.
         """
         count = len(frequency)
         turn = torch.eye(count, dtype=torch.float64)
@@ -216,7 +224,7 @@ class ToMLA:
             return torch.arange(count), turn, frequency.clone()
         fold = int(self.freqfold)
         energy = torch.zeros(count, dtype=torch.float64)
-        middle = frequency.clone()
+        fastest = frequency.clone()
         if x is None:
             parts = [weight[real].T, weight[imaginary].T]
         else:
@@ -228,12 +236,22 @@ class ToMLA:
             values, vectors = torch.linalg.eigh(moment)
             turn[block, block] = vectors.flip(1).T
             energy[block] = values.flip(0)
-            middle[block] = frequency[block][(block.stop - block.start) // 2]
+            fastest[block] = frequency[block][0]
+            # A turned component is a mixture of those that the queries know, with squares of the turn as shares.
+            energy[block] *= turn[block, block].square() @ asked.T.flatten()[block]
         rope = self.rope_dims if self.rope_dims is not None else 2 * count
         if rope > 2 * count:
             raise ConfigurationError(f"rope_dims is {rope}; the keys of all heads have {2 * count} numbers")
-        keep = (energy * missed[middle]).topk(rope // 2).indices.sort().values
-        return keep, turn, middle[keep]
+        keep = (energy * missed[fastest]).topk(rope // 2).indices.sort().values
+        return keep, turn, fastest[keep]
+
+
+def _asked(layer: Any, x: Tensor | None) -> Tensor:
+    """Energy of each key head's queries by frequency, of the weights alone without ``x``: (key heads, frequencies)."""
+    config, weight, bias = layer.config, layer.q_proj.weight.detach().double(), layer.q_proj.bias
+    queries = weight.T if x is None else x @ weight.T + (0.0 if bias is None else bias.detach().double())
+    energy = queries.square().mean(0).view(config.num_kv_heads, -1, 2, config.head_dim // 2)
+    return energy.sum((1, 2))
 
 
 def _missed(config: Any, local: bool, context: int) -> Tensor:

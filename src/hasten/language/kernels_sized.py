@@ -1,8 +1,8 @@
 """Kernels for layers of different sizes: heads of their own width and frequencies, and all layers in one call.
 
-As :mod:`kernels_stack`, whose products, norms and attention it takes; the widths stand beside the table of addresses.
-Queries, keys and values are as wide as the cache; what a layer's own width leaves is zero, and values are gathered
-without their zeros before the output matrix.
+As :mod:`kernels_stack`, with the same phases; the widths stand beside the table of addresses. Queries, keys and values
+are as wide as the cache; what a layer's own width leaves is zero, and values are gathered without their zeros before
+the output matrix.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from hasten.language.kernels_stack import (
+from hasten.language.kernels_phases import (
     DOWN,
     GATE_UP,
     OUT,
     QKV,
-    _attention,
-    _gates,
-    _multiply,
-    _norms,
-    _rows_for,
+    attention,
+    gates,
+    multiply,
+    norms,
+    rows_for,
 )
 from hasten.nn.bfloat import FAST, load, store
-from hasten.nn.product.dispatch import array_at, forms_for
+from hasten.nn.product.dispatch import array_at, forms_for, takes_forms
+from hasten.nn.team import join, meet, new_team, share_of
 
 __all__ = ["place", "place_parallel", "run_sized"]
-
-_SERIAL = 3
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -108,19 +107,85 @@ def _turned(table: Any, positions: Any, pairs: Any, count: int) -> Any:
 
 
 @njit(cache=True, error_model="numpy")
-def _without_zeros(attended: Any, heads: int, width: int, deep: int) -> Any:
-    """(rows, heads * width) -> (rows, heads * deep): the first ``deep`` numbers of every head."""
-    out = np.empty((attended.shape[0], heads * deep), np.uint16)
-    for row in range(attended.shape[0]):
+def _without_zeros(attended: Any, heads: int, width: int, deep: int, out: Any, first: int, last: int) -> None:
+    """Rows ``first`` to ``last`` of (rows, heads * width) -> (rows, heads * deep): the first ``deep`` numbers of every
+    head."""
+    for row in range(first, last):
         for head in range(heads):
             for i in range(deep):
                 out[row, head * deep + i] = attended[row, head * width + i]
-    return out
+
+
+@njit(cache=True)
+def _matrix(room: Any, rows: int, width: int) -> Any:
+    """The first ``rows * width`` numbers of ``room`` (n,) as (rows, width)."""
+    return room[: rows * width].reshape(rows, width)
 
 
 @njit(cache=True, error_model="numpy")
+def _layers(
+    residual: Any, matrices: Any, norm_at: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, widths: Any,
+    pairs: Any, cos: Any, sin: Any, local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any,
+    positions: Any, tables: Any, cuts: Any, wanted: Any, heads: int, normed: bool, scale: float, eps: float, gelu: bool,
+    logits: Any, h: Any, sums: Any, wide_room: Any, inner_room: Any, query: Any, attended: Any, mixed_room: Any,
+    some: Any, more: Any, final: Any, forms: Any, team: Any, me: int, size: int,
+) -> None:  # fmt: skip
+    """What member ``me`` of ``size`` does of a step."""
+    rows, hidden = residual.shape
+    wide = keys.shape[4]
+    first, last = share_of(rows, me, size)
+    for layer in range(matrices.shape[0]):
+        one = matrices[layer]
+        width, deep, count = widths[layer, 0], widths[layer, 1], widths[layer, 2]
+        norms(residual, sums, layer > 0, array_at(norm_at[layer, 0], hidden), eps, h, one[QKV], forms, me, size)
+        meet(team, size)
+        qkv = _matrix(wide_room, rows, one[QKV, 1])
+        multiply(one[QKV], h, forms, qkv, me, size)
+        meet(team, size)
+        own = positions[first:last]
+        if locals_[layer]:
+            c, s = _turned(local_cos, own, pairs[layer], count), _turned(local_sin, own, pairs[layer], count)
+        else:
+            c, s = _turned(cos, own, pairs[layer], count), _turned(sin, own, pairs[layer], count)
+        query[first:last] = 0
+        q_norm, k_norm = array_at(norm_at[layer, 2], width), array_at(norm_at[layer, 3], width)
+        place(qkv[first:last], own, chunk_of[first:last], tables, c, s, keys[layer], values[layer], heads, width, deep,
+              normed, q_norm, k_norm, eps, query[first:last])  # fmt: skip
+        meet(team, size)
+        attention(query, chunk_of, positions, tables, keys[layer], values[layer], scale, windows[layer], attended,
+                  cuts, me, size)  # fmt: skip
+        meet(team, size)
+        mixed = attended
+        if deep != wide:
+            mixed = _matrix(mixed_room, rows, heads * deep)
+            _without_zeros(attended, heads, wide, deep, mixed, first, last)
+        if takes_forms(one[OUT], rows):
+            rows_for(mixed, one[OUT], forms, me, size)
+        meet(team, size)
+        multiply(one[OUT], mixed, forms, sums, me, size)
+        meet(team, size)
+        norms(residual, sums, True, array_at(norm_at[layer, 1], hidden), eps, h, one[GATE_UP], forms, me, size)
+        meet(team, size)
+        pair = _matrix(wide_room, rows, one[GATE_UP, 1])
+        multiply(one[GATE_UP], h, forms, pair, me, size)
+        meet(team, size)
+        inner = _matrix(inner_room, rows, one[DOWN, 2])
+        gates(pair, gelu, inner, one[DOWN], forms, me, size)
+        meet(team, size)
+        multiply(one[DOWN], inner, forms, sums, me, size)
+        meet(team, size)
+    first, last = share_of(len(wanted), me, size)
+    for row in range(first, last):
+        some[row] = residual[wanted[row]]
+        more[row] = sums[wanted[row]]
+    norms(some, more, True, array_at(last_norm, hidden), eps, final, head, forms, me, size)
+    meet(team, size)
+    multiply(head, final, forms, logits, me, size)
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
 def run_sized(
-    residual: Any, matrices: Any, norms: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, widths: Any,
+    residual: Any, matrices: Any, norm_at: Any, head: Any, last_norm: Any, windows: Any, locals_: Any, widths: Any,
     pairs: Any, cos: Any, sin: Any, local_cos: Any, local_sin: Any, keys: Any, values: Any, chunk_of: Any,
     positions: Any, tables: Any, cuts: Any, wanted: Any, heads: int, normed: bool, scale: float, eps: float, gelu: bool,
     widest: int, threads: int, logits: Any,
@@ -131,43 +196,20 @@ def run_sized(
     wide = keys.shape[4]
     h = np.empty((rows, hidden), np.uint16)
     sums = np.empty((rows, hidden), np.float32)
+    query = np.empty((rows, heads, wide), np.uint16)
     attended = np.empty((rows, heads * wide), np.uint16)
+    mixed_room = np.empty(rows * heads * wide, np.uint16)
+    wide_room = np.empty(rows * max(matrices[:, QKV, 1].max(), matrices[:, GATE_UP, 1].max()), np.float32)
+    inner_room = np.empty(rows * matrices[:, DOWN, 2].max(), np.uint16)
+    count = len(wanted)
+    some, more = np.empty((count, hidden), np.float32), np.empty((count, hidden), np.float32)
+    final = np.empty((count, hidden), np.uint16)
     forms = forms_for(rows, widest)
-    for layer in range(matrices.shape[0]):
-        one = matrices[layer]
-        width, deep, count = widths[layer, 0], widths[layer, 1], widths[layer, 2]
-        _norms(residual, sums, layer > 0, array_at(norms[layer, 0], hidden), eps, h, one[QKV], forms)
-        qkv = np.empty((rows, one[QKV, 1]), np.float32)
-        _multiply(one[QKV], h, forms, qkv, threads)
-        if locals_[layer]:
-            c = _turned(local_cos, positions, pairs[layer], count)
-            s = _turned(local_sin, positions, pairs[layer], count)
-        else:
-            c, s = _turned(cos, positions, pairs[layer], count), _turned(sin, positions, pairs[layer], count)
-        query = np.zeros((rows, heads, wide), np.uint16)
-        q_norm, k_norm = array_at(norms[layer, 2], width), array_at(norms[layer, 3], width)
-        if rows <= _SERIAL:
-            place(qkv, positions, chunk_of, tables, c, s, keys[layer], values[layer], heads, width, deep, normed,
-                  q_norm, k_norm, eps, query)  # fmt: skip
-        else:
-            place_parallel(qkv, positions, chunk_of, tables, c, s, keys[layer], values[layer], heads, width, deep,
-                           normed, q_norm, k_norm, eps, query)  # fmt: skip
-        _attention(query, chunk_of, positions, tables, keys[layer], values[layer], scale, windows[layer], attended,
-                   cuts)  # fmt: skip
-        mixed = attended if deep == wide else _without_zeros(attended, heads, wide, deep)
-        _rows_for(mixed, one[OUT], forms)
-        _multiply(one[OUT], mixed, forms, sums, threads)
-        _norms(residual, sums, True, array_at(norms[layer, 1], hidden), eps, h, one[GATE_UP], forms)
-        pair = np.empty((rows, one[GATE_UP, 1]), np.float32)
-        _multiply(one[GATE_UP], h, forms, pair, threads)
-        inner = np.empty((rows, one[DOWN, 2]), np.uint16)
-        _gates(pair, gelu, inner, one[DOWN], forms)
-        _multiply(one[DOWN], inner, forms, sums, threads)
-    number = len(wanted)
-    some, more = np.empty((number, hidden), np.float32), np.empty((number, hidden), np.float32)
-    for row in range(number):
-        some[row] = residual[wanted[row]]
-        more[row] = sums[wanted[row]]
-    final = np.empty((number, hidden), np.uint16)
-    _norms(some, more, True, array_at(last_norm, hidden), eps, final, head, forms)
-    _multiply(head, final, forms, logits, threads)
+    team = new_team()
+    for _ in prange(threads):
+        me, size = join(team, threads)
+        if me >= 0:
+            _layers(residual, matrices, norm_at, head, last_norm, windows, locals_, widths, pairs, cos, sin, local_cos,
+                    local_sin, keys, values, chunk_of, positions, tables, cuts, wanted, heads, normed, scale, eps, gelu,
+                    logits, h, sums, wide_room, inner_room, query, attended, mixed_room, some, more, final, forms,
+                    team, me, size)  # fmt: skip

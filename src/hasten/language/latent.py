@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from hasten.language.config import DecoderConfig
 from hasten.language.decoder import empty_decoder
 from hasten.language.decoder_files import fill, write_weights
 from hasten.language.executor import Executor, KVCache, _Layer
+from hasten.language.kernels_latent_stack import LatentStack
 from hasten.language.kernels_paged import paged_kernel_takes
 from hasten.language.placement import PlacedStep, chain_placement
 from hasten.language.ragged import RaggedBatch
@@ -53,9 +55,11 @@ class LatentExecutor(Executor):
         super().__init__(decoder.config, lambda name, shape: state[name].detach(), **options)
         numbers = first.cache_numbers
         self.bytes_per_token = self.config.num_layers * numbers * self.dtype.itemsize
-        self._stack = None  # all layers in one call: it knows keys and values of heads, and would write them here
         self._pairs = [x.self_attn.pairs.tolist() for x in decoder.model.layers]
         self._turned: dict[int, Any] = {}
+        # What was made of the layers knows keys and values of heads; this one knows latents.
+        pairs = np.array(self._pairs, np.int64).reshape(len(self._pairs), -1)
+        self._stack = LatentStack.over(self._stack, pairs, self._key_width, self._rank, self._plain)
 
     @property
     def _key_width(self) -> int:
@@ -106,11 +110,11 @@ class LatentExecutor(Executor):
         config = self.config
         shape = (config.num_layers, num_blocks, 1, block_size)
         try:
-            keys = torch.zeros((*shape, self._key_width), dtype=self.dtype)
+            keys = self._zeros((*shape, self._key_width))
             if self._plain:
                 return LatentCache(keys, keys)
-            return LatentCache(keys, torch.zeros((*shape, self._rank), dtype=self.dtype))
-        except RuntimeError as error:
+            return LatentCache(keys, self._zeros((*shape, self._rank)))
+        except (RuntimeError, MemoryError) as error:
             size = num_blocks * block_size * self.bytes_per_token / 2**30
             raise ConfigurationError(f"a KV cache of {size:.1f} GiB does not fit into memory; ask for less") from error
 

@@ -2,28 +2,31 @@
 
 The embedded model has one key head, where two claims are void: no rotation of heads can gather their energy, and a
 factor per head is absorbed by the query and output matrices, so it adds nothing. ``grouped_model`` has four key heads
-for eight query heads. Pieces of 256 tokens of library code; made by this script from one seed, kept in the cache.
+for eight query heads. Pieces of 256 tokens of library code; made by this script from one seed, kept in the cache, as is
+what a short training brings back of a model with a smaller cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hasten.spiking.checkpoint import trained
 from hasten.studies.study import Scale
 from hasten.train import LMTraining, fit_lm
 
-__all__ = ["LENGTH", "PRETRAINING", "Pieces", "fine_tune", "grouped_model", "nats", "pieces", "widened"]
+__all__ = ["LENGTH", "PRETRAINING", "Pieces", "fine_tune", "grouped_model", "nats", "pieces", "recovered", "widened"]
 
 LENGTH = 256
-PRETRAINING = 1_500_000
+PRETRAINING = 1_000_000
 """tokens that the grouped model is trained on"""
 
 
@@ -101,6 +104,69 @@ def fine_tune(
     model.eval()
 
 
+def _batches(rows: Tensor, count: int, seed: int) -> Iterator[Tensor]:
+    """Some ``count`` rows at a time in the order of a shuffle, over and over."""
+    rng = np.random.default_rng(seed)
+    while True:
+        for some in np.array_split(rng.permutation(len(rows)), max(1, len(rows) // count)):
+            yield rows[some]
+
+
+def _train_recovered(
+    *, rows: Tensor, weights: Tensor, tokens: int, seed: int, checkpoint: Path, model: Any, teacher: Any,
+    told: Callable[[float], None] = lambda share: None,
+) -> dict[str, Any]:  # fmt: skip
+    """The weights of ``model``, which begin as ``weights``, after ``tokens`` tokens of what the teacher computes: its
+    distribution, and the stream behind each layer, which says more about a layer than the end of the model does."""
+    training = LMTraining(
+        tokens=tokens, batch_rows=8, matrix_rate=2e-3, rate=1e-3, weight_decay=0.0, warm_up=0.02, decay=0.6, seed=seed
+    )
+    file = checkpoint / "training.pt"
+    done = torch.load(file, weights_only=True)["state"]["step"] if file.exists() else 0
+
+    streams: dict[tuple[bool, int], Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, given, out, place=(one is model, i): streams.__setitem__(place, out))
+        for one in (model, teacher)
+        for i, layer in enumerate(one.model.layers)
+    ]
+
+    def distance(inputs: Tensor, hidden: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from the teacher, in nats a token, and the relative errors of the streams."""
+        with torch.no_grad():
+            wanted = torch.log_softmax(teacher(inputs).flatten(0, 1).float(), -1)
+        found = torch.log_softmax(model.logits(hidden).flatten(0, 1).float(), -1)
+        total = functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        for i in range(len(model.model.layers)):
+            own, other = streams[True, i].float(), streams[False, i].float()
+            total = total + (own - other).square().mean() / other.square().mean()
+        return total
+
+    for p in model.parameters():
+        p.requires_grad_(True)
+    model.train()
+    try:
+        fit_lm(
+            model, islice(_batches(rows, 8, seed), done, None), training, checkpoint=file, extra_loss=distance,
+            on_step=lambda line: told(line["progress"]),
+        )  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    model.eval()
+    return {"weights": model.state_dict()}
+
+
+def recovered(model: Any, teacher: Any, rows: Tensor, tokens: int, seed: int, told: Callable[[float], None]) -> Any:
+    """``model`` after a short training to the teacher's distribution; goes on where it was cut off, made once."""
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    settings = {"tokens": tokens, "seed": seed}
+    data = {"rows": rows, "weights": weights}
+    made = trained("recovered", _train_recovered, settings, data, model=model, teacher=teacher, told=told)
+    model.load_state_dict(made["weights"])
+    return model.eval()
+
+
 def widened(model: Any, extra: int) -> Any:
     """The decoder with ``extra`` more numbers inside its feed-forward layers in all, the same function at first.
 
@@ -127,12 +193,12 @@ def _config(vocabulary: int) -> Any:
 
     return DecoderConfig(
         vocab_size=vocabulary,
-        hidden_size=256,
+        hidden_size=128,
         num_layers=4,
         num_heads=8,
         num_kv_heads=4,
-        head_dim=32,
-        intermediate_size=512,
+        head_dim=16,
+        intermediate_size=384,
         max_position_embeddings=1024,
         tie_embeddings=True,
     )
@@ -149,23 +215,17 @@ def _train_grouped(
     decoder = Decoder(_config(vocabulary))
     log: list[dict[str, float]] = []
 
-    def batches() -> Iterator[Tensor]:
-        rng = np.random.default_rng(seed)
-        while True:
-            for some in np.array_split(rng.permutation(len(rows)), max(1, len(rows) // 16)):
-                yield rows[some]
-
     def note(line: dict[str, float]) -> None:
         if line["step"] % 20 == 0:
             log.append(dict(line))
             told(f"grouped model, {line['tokens'] / 1e6:.2f} M tokens, loss {line['loss']:.3f}")
 
-    fit_lm(decoder, batches(), LMTraining(tokens=tokens, seed=seed), on_step=note)
+    fit_lm(decoder, _batches(rows, 16, seed), LMTraining(tokens=tokens, seed=seed), on_step=note)
     return {"weights": decoder.state_dict(), "log": log}
 
 
 def grouped_model(vocabulary: int, found: Pieces, scale: Scale) -> Any:
-    """The trained decoder in float32; some ten minutes of one core once."""
+    """The trained decoder in float32; some minutes of one core once."""
     from hasten.language import Decoder
 
     tokens = scale.choose(quick=20_000, full=PRETRAINING)

@@ -115,17 +115,27 @@ def insights(model: Any, codec: Any, caches: list[Any], held: list[list[int]]) -
     from hasten.language.kvfit import anchors, straightened
     from hasten.language.kvvalues import KeysValues, perplexity
 
-    changes = values = 0.0
+    spread: dict[str, list[float]] = {"both": [0.0, 0.0, 0.0]}
     for kv in caches:
-        for x in straightened(kv, model.config):
-            changes += float((x - anchors(x, 10)).var())
-            values += float((x - x.mean(1, keepdims=True)).var())
+        straight = straightened(kv, model.config)
+        for name, x in (
+            ("keys as cached", kv.keys),
+            ("keys turned back", straight[0]),
+            ("values", straight[1]),
+            ("both", straight[0]),
+            ("both", straight[1]),
+        ):
+            sums = spread.setdefault(name, [0.0, 0.0, 0.0])
+            sums[0] += float((x - anchors(x, 10)).var())
+            sums[1] += float((x - x.mean(1, keepdims=True)).var())
+            sums[2] += float(x.var((1, 2)).mean())
+    shown = ", ".join(f"{n} {a / b:.2f} (about one mean per layer {a / c:.2f})" for n, (a, b, c) in spread.items())
     yield Check.at_most(
         "variance of differences to the anchor over variance of values",
-        changes / values,
+        spread["both"][0] / spread["both"][1],
         0.7,
         "×",
-        "keys turned back to position 0, values about their mean per channel",
+        f"keys turned back to position 0, values about their mean per channel; {shown}",
     )
 
     def bits(counts: Any) -> float:

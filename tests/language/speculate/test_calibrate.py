@@ -36,6 +36,7 @@ def test_what_a_draft_is_told_about_itself():
     assert {g.rank for g in found} == {0}
     assert all(g.stands == pytest.approx(1.0) for g in found)
     assert rank_rates(model, model, tokens, temperature=0.6)[0] == pytest.approx(1.0)
+    assert len(AcceptanceCurve.fit_ranks(model, model, tokens, temperature=0.6)) == 1  # nothing is tested second
     first, later = AcceptanceCurve.fit(model, model, tokens, temperature=0.6)
     assert first(0.01) == pytest.approx(1.0)
     assert later(0.5) == pytest.approx(1.0)
@@ -52,6 +53,9 @@ def test_siblings_have_a_curve_of_their_own():
     wide = grow(calibrate=lambda p: 0.1, calibrate_siblings=lambda p: 0.9)
     assert wide.parents[:2] == [-1, -1]
     assert wide.values[1] == pytest.approx(0.9 * 0.9)
+    third = grow(calibrate=lambda p: 0.1, calibrate_siblings=(lambda p: 0.9, lambda p: 0.3))
+    assert third.values[1:] == pytest.approx([0.9 * 0.9, 0.9 * 0.9 * 0.1])
+    assert grow(calibrate=lambda p: 0.1, calibrate_siblings=()).parents == grow(calibrate=lambda p: 0.1).parents
     assert (
         grow(calibrate=lambda p: 0.1).parents == grow(calibrate=lambda p: 0.1, calibrate_siblings=lambda p: 0.1).parents
     )
@@ -68,3 +72,17 @@ def test_a_malformed_curve_is_refused(chances, rates, said):
         next(guesses_tried(None, None, []))
     with pytest.raises(ConfigurationError, match="nothing to fit"):
         AcceptanceCurve.of([], [], [])
+
+
+def test_a_place_is_ordered_by_what_may_be_drawn_there():
+    """Drawn guesses: the expected rate over the law, known before the token is."""
+    curve = AcceptanceCurve((0.0, 1.0), (0.0, 1.0))
+    law = np.array([0.5, 0.3, 0.2])
+    assert curve.expected(law) == pytest.approx(0.38)
+    for calibrate in (curve, lambda p: p):
+        shape = DynamicTree(3, calibrate=calibrate)
+        assert shape._worth(0.5, law, 0, lambda law: 0) == pytest.approx(0.19)
+        assert shape._worth(0.5, law, 0, None) == pytest.approx(0.25)
+    assert DynamicTree(3)._worth(0.5, law, 0, lambda law: 0) == 0.5
+    flat = np.full(40, 1 / 40)
+    assert DynamicTree(3, calibrate=lambda p: p)._worth(1.0, flat, 0, lambda law: 0) == pytest.approx(1 / 40)

@@ -45,6 +45,26 @@ def test_view_holds_the_chunks_that_the_query_likes():
     assert torch.equal(line(view.cache.keys[1], view.table)[29:31], line(cache.keys[1], range(8))[125:127])
     view.build(cache, list(range(8)), 127, [query, query])  # means of old chunks are kept
     assert view.kept[0, 0].tolist() == [0, 7, 14]
+    pairs = RetrievalView(executor.new_cache(4, 16), range(4), 40, 8, follow=True)
+    pairs.build(cache, list(range(8)), 125, [query, query])
+    assert pairs.kept[:, 0].tolist() == [[0, 7, 8, 14], [0, 10, 11, 14]]
+
+
+def test_attention_finds_the_key_that_a_mean_hides():
+    """One key that the query means, among seven that point away from it: the mean of the chunk is nothing."""
+    executor = random_model(DecoderConfig(**SIZE), name="x", dtype="fp32", weights=torch.float32).executor
+    cache = executor.new_cache(8, 16)
+    cache.keys.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    cache.keys[:, 3, 0, 8:16] = torch.tensor([0.0, -2.0, 0.0, 0.0])  # tokens 56 to 64
+    cache.keys[:, 3, 0, 10] = torch.tensor([0.0, 14.0, 0.0, 0.0])
+    query = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
+    kept = {}
+    for choose in ("query", "mass"):
+        view = RetrievalView(executor.new_cache(4, 16), range(4), 32, 8, choose)
+        view.build(cache, list(range(8)), 125, [query, query])
+        kept[choose] = view.kept[:, 0].tolist()
+    assert kept["mass"] == [[0, 7, 14], [0, 7, 14]]
+    assert all(7 not in chunks for chunks in kept["query"])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tables import Table, first_two, law_of_two, same_law, target_rows  # noqa: E402
 
 from hasten.errors import ConfigurationError  # noqa: E402
+from hasten.language.speculate.calibrate import AcceptanceCurve  # noqa: E402
 from hasten.language.speculate.dyspec import DynamicTree  # noqa: E402
 from hasten.language.speculate.law import Dice, chance, outcomes  # noqa: E402
 from hasten.language.speculate.shapes import Chain, FixedTree, KAry  # noqa: E402
@@ -19,12 +20,15 @@ from hasten.language.speculate.tree import TokenTree  # noqa: E402
 from hasten.language.speculate.verify import (  # noqa: E402
     accept,
     accept_chain,
+    expected_accepted,
     expected_length,
     probabilities,
     verify_chain,
     verify_tree,
 )
 
+CURVE = AcceptanceCurve((0.0, 0.4, 0.9), (0.3, 0.5, 0.9))
+LOW = AcceptanceCurve((0.0, 1.0), (0.05, 0.3))
 SHAPES = [
     Chain(1),
     Chain(2),
@@ -36,6 +40,8 @@ SHAPES = [
     DynamicTree(4),
     DynamicTree(3, threshold=0.2),
     DynamicTree(4, threshold=0.1),
+    DynamicTree(4, calibrate=CURVE, calibrate_siblings=LOW),
+    DynamicTree(4, threshold=0.1, calibrate=LOW, calibrate_siblings=CURVE),
 ]
 
 
@@ -52,6 +58,17 @@ def test_output_has_the_law_of_the_target(shape, seed):
 
     found = outcomes(lambda draw: first_two(run, draw, target))
     assert same_law(found, law_of_two(target))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_guesses_expected_to_stand_are_those_that_stand(shape):
+    """Enumerated over the draws of the verification, the tree given; drawn and chosen guesses."""
+    target, draft = Table(4, 7), Table(4, 8)
+    for draw in (Dice(3), None):
+        tree = shape.grow(draft.distributions(), draw)
+        rows = target_rows(target, tree)
+        found = outcomes(lambda dice, tree=tree, rows=rows: len(verify_tree(tree, rows, dice)[0]))
+        assert expected_accepted(tree, rows) == pytest.approx(sum(k * p for k, p in found.items()))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)

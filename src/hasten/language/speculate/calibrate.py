@@ -105,6 +105,10 @@ class AcceptanceCurve:
         """The rate at ``chance``."""
         return float(np.interp(chance, self.chances, self.rates))
 
+    def expected(self, law: NDArray[np.float64]) -> float:
+        """The rate of a token that is still to be drawn from ``law`` (vocabulary,)."""
+        return float(law @ np.interp(law, self.chances, self.rates))
+
     @classmethod
     def of(
         cls, chances: Sequence[float], stands: Sequence[float], weights: Sequence[float], bins: int = 16
@@ -141,7 +145,27 @@ class AcceptanceCurve:
                 every=every,
             )
         )  # fmt: skip
-        curves = []
-        for some in ([g for g in found if g.rank == 0], [g for g in found if g.rank > 0] or found):
-            curves.append(cls.of([g.chance for g in some], [g.stands for g in some], [g.reached for g in some]))
-        return curves[0], curves[1]
+        return cls._of_some([g for g in found if g.rank == 0]), cls._of_some([g for g in found if g.rank > 0] or found)
+
+    @classmethod
+    def _of_some(cls, found: Sequence[Tried]) -> AcceptanceCurve:
+        return cls.of([g.chance for g in found], [g.stands for g in found], [g.reached for g in found])
+
+    @classmethod
+    def fit_ranks(
+        cls, target: Any, draft: Any, calibration: Sequence[Sequence[int]], *, temperature: float = 0.0,
+        draft_temperature: float = 0.6, ranks: int = 5, every: int = 1,
+    ) -> tuple[AcceptanceCurve, ...]:  # fmt: skip
+        """The same with a curve for every rank: what is tested third stands less often than what is tested second.
+
+        Ends before the first rank that no guess reached; the first of them is for ``calibrate`` of a dynamic tree, the
+        others for ``calibrate_siblings``.
+        """
+        found = list(
+            guesses_tried(
+                target, draft, calibration, temperature=temperature, draft_temperature=draft_temperature, ranks=ranks,
+                every=every,
+            )
+        )  # fmt: skip
+        by_rank = [[g for g in found if g.rank == rank and g.reached > 0] for rank in range(ranks)]
+        return tuple(cls._of_some(some) for some in by_rank[: next((i for i, x in enumerate(by_rank) if not x), ranks)])

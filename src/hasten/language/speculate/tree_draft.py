@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from hasten.language.speculate.law import Draw
@@ -57,7 +56,7 @@ class TreeDraft:
         self._computed = set()
         pending = list(tokens[self._session.done :])
 
-        def distributions(tree: TokenTree, nodes: Sequence[int]) -> NDArray[np.float64]:
+        def distributions(tree: TokenTree, nodes: Sequence[int]) -> NDArray[Any]:
             session = self._session
             assert session is not None
             if list(nodes) == [-1]:
@@ -65,6 +64,9 @@ class TreeDraft:
             else:
                 logits = self._nodes(session, tree, nodes)
                 self._computed.update(nodes)
+            if draw is None and self.top_k == 0 and self.top_p >= 1.0 and self.draft_temperature > 1e-5:
+                # Nothing is drawn, so nobody divides by these; single precision takes a fifth of the time.
+                return (logits.float() / self.draft_temperature).softmax(1).numpy()
             return probabilities(logits, temperature=self.draft_temperature, top_p=self.top_p, top_k=self.top_k)
 
         return self.shape.grow(distributions, draw)

@@ -2,10 +2,10 @@
 
 "TriForce: Lossless Acceleration of Long Sequence Generation with Hierarchical Speculative Decoding", Sun et al. 2024,
 arXiv:2404.11912. A small model with a sink cache drafts for the middle level (target weights, retrieved keys), which
-drafts for the target. Chunks of the prompt's keys are scored by the last prompt token's query against their mean.
-Each level emits tokens of exactly the law that it reports, so the output has the target's law.
+drafts for the target. Each level emits tokens of exactly the law that it reports, so the output has the target's law.
 Differs from the public code in: an inner rejection samples the residual ``norm(max(p - q, 0))``, not ``p`` again (that
-is biased); the view is made anew after ``refresh`` tokens.
+is biased); the view is made anew after ``refresh`` tokens; chunks are those that the last token attends to most, with
+the one behind each, and not those whose mean key its query likes (``choose="query", follow=False``).
 """
 
 from __future__ import annotations
@@ -106,20 +106,21 @@ class TriForce:
 
     def __init__(
         self, small: Any = None, *, budget: int = 1024, chunk: int = 8, gamma: int = 6, sinks: int = 16,
-        window: int = 240, refresh: int | None = 256, choose: str = "query",
+        window: int = 240, refresh: int | None = 256, choose: str = "mass", follow: bool = True,
     ) -> None:  # fmt: skip
         """``budget`` tokens of retrieved cache in chunks of ``chunk``; ``gamma`` tokens drafted per target pass.
 
-        ``refresh``: tokens after which the view is made anew, None for never. ``choose``: query, recent or random
-        chunks, the last two for comparison. Raises :class:`~hasten.errors.ConfigurationError`.
+        ``refresh``: tokens after which the view is made anew, None for never. ``choose``: chunks by query (mean keys,
+        as published), by mass (the attention that they get), recent or random ones for comparison; ``follow`` takes the
+        chunk behind each that the query likes too. Raises :class:`~hasten.errors.ConfigurationError`.
         """
         check_budget(budget, chunk)
         if gamma < 1 or sinks < 0 or window < 8:
             raise ConfigurationError(f"gamma {gamma} and window {window}: give at least 1 and 8")
-        if choose not in ("query", "recent", "random"):
-            raise ConfigurationError(f"choose is {choose!r}; query, recent and random are known")
+        if choose not in ("query", "mass", "recent", "random"):
+            raise ConfigurationError(f"choose is {choose!r}; query, mass, recent and random are known")
         self.small, self.budget, self.chunk, self.gamma = small, budget, chunk, gamma
-        self.sinks, self.window, self.refresh, self.choose = sinks, window, refresh, choose
+        self.sinks, self.window, self.refresh, self.choose, self.follow = sinks, window, refresh, choose, follow
 
     @property
     def name(self) -> str:
@@ -137,7 +138,10 @@ class TriForce:
         self._executor, self._cut = executor, cut
         extra = (self.refresh or max_tokens) + 2 * self.gamma + 8
         pages = slots_for(self.budget, extra) // PAGE
-        self._view = RetrievalView(executor.new_cache(pages, PAGE), range(pages), self.budget, self.chunk, self.choose)
+        self._view = RetrievalView(
+            executor.new_cache(pages, PAGE), range(pages), self.budget, self.chunk, self.choose, self.follow,
+            getattr(executor.config, "attention_scale", None),
+        )  # fmt: skip
         self._whole = len(prompt) <= self.budget
         self._small = None
         if self.small is not None:
@@ -170,6 +174,9 @@ class TriForce:
         length = session.done
         if not self._whole:
             self._view.build(session.cache, session.table, length, queries)
+            # Keys that were looked at, half of a token's bytes, and what was copied.
+            tokens = self._view.looked / 2 + self._view.filled
+            self._middle_bytes += int(tokens * self._executor.bytes_per_token)
         self._built += 1
         self._since = 0
         self._tail = []

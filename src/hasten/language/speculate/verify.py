@@ -21,7 +21,10 @@ from hasten.errors import ConfigurationError
 from hasten.language.speculate.law import Draw, chance
 from hasten.language.speculate.tree import TokenTree
 
-__all__ = ["accept", "accept_chain", "accept_path", "expected_length", "probabilities", "verify_chain", "verify_tree"]
+__all__ = [
+    "accept", "accept_chain", "accept_path", "expected_accepted", "expected_length", "probabilities", "verify_chain",
+    "verify_tree",
+]  # fmt: skip
 
 Distribution = NDArray[np.float64]
 
@@ -100,6 +103,32 @@ def verify_tree(tree: TokenTree, target: Distribution, draw: Draw) -> tuple[list
             t = _rest(t, q)
         else:
             return path, draw(t)
+
+
+def expected_accepted(tree: TokenTree, target: Distribution) -> float:
+    """How many nodes :func:`verify_tree` keeps on average over its draws.
+
+    >>> law = np.array([[0.5, 0.5], [0.25, 0.75]])
+    >>> expected_accepted(TokenTree.chain([1], [np.array([0.0, 1.0])]), law)
+    0.5
+    """
+    below: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents):
+        below.setdefault(parent, []).append(node)
+    reached = np.zeros(len(tree) + 1)  # the last entry is that of -1
+    reached[-1] = 1.0
+    for node in (-1, *range(len(tree))):
+        left, t = float(reached[node]), target[node + 1]
+        for child in below.get(node, []):
+            token, q = tree.tokens[child], tree.residuals[child]
+            if q is None:
+                q = np.zeros_like(t)
+                q[token] = 1.0
+            stands = min(1.0, float(t[token] / q[token]))
+            reached[child] = left * stands
+            left *= 1.0 - stands
+            t = _rest(t, q)
+    return float(reached[:-1].sum())
 
 
 def verify_chain(

@@ -1,10 +1,12 @@
 """The part of a long cache that matters: copies of its keys and values, chosen anew now and then.
 
 Chunks of the context are scored, for each layer and key head, by the query of the last token against the mean of their
-keys ("TriForce", Sun et al. 2024, arXiv:2404.11912); the first, the last and the best are copied, rotated as they are,
-into ``budget`` slots in front. Behind them stands what was verified since, then what is drafted. So the model itself
-drafts over a short cache: position and slot of a token differ, nothing else does (``RaggedBatch.places``).
-Differs from the paper in: the view is made anew after some tokens; the scores of a group of query heads are added up.
+keys ("TriForce", Sun et al. 2024, arXiv:2404.11912), or by the attention that it pays to them; the first, the last and
+the best are copied, rotated as they are, into ``budget`` slots in front. Behind them stands what was verified since,
+then what is drafted. So the model itself drafts over a short cache: position and slot of a token differ, nothing else
+does (``RaggedBatch.places``). Differs from the paper in: the view is made anew after some tokens; the scores of a group
+of query heads are added up; ``mass`` (a mean of eight keys hides the one that is meant); with ``follow`` a chunk counts
+as much as the one before it, since a draft reads on from where the query points.
 """
 
 from __future__ import annotations
@@ -47,12 +49,18 @@ class RetrievalView:
     the tokens that it was made of stay the beginning of the sequence. Not thread-safe.
     """
 
-    def __init__(self, cache: Any, table: Sequence[int], budget: int, chunk: int, choose: str = "query") -> None:
-        """``cache`` and ``table``: where the copies lie, pages of 16. ``choose``: query, or recent or random chunks for
-        comparison."""
+    def __init__(
+        self, cache: Any, table: Sequence[int], budget: int, chunk: int, choose: str = "query", follow: bool = False,
+        scale: float | None = None,
+    ) -> None:  # fmt: skip
+        """``cache`` and ``table``: where the copies lie, pages of 16. ``choose``: query (mean keys), mass (attention),
+        or recent or random chunks for comparison. ``follow``: with a chunk that the query likes goes the one behind.
+        ``scale``: what attention scores are multiplied by, None for the root of the width.
+        """
         check_budget(budget, chunk)
         self.cache, self.table = cache, list(table)
-        self.budget, self.chunk, self.choose = budget, chunk, choose
+        self.budget, self.chunk, self.choose, self.follow = budget, chunk, choose, follow
+        self.scale = scale
         self.capacity = len(self.table) * PAGE
         self.filled = 0
         """slots in use"""
@@ -60,6 +68,8 @@ class RetrievalView:
         """position of the next token"""
         self.built = 0
         """tokens of the sequence when the view was made"""
+        self.looked = 0
+        """tokens whose keys were read to choose, the last time"""
         self.kept: Tensor | None = None
         """chosen chunks (layers, kv_heads, chunks), for inspection"""
         self._means: Tensor | None = None  # (layers, kv_heads, chunks, width) of the chunks seen so far
@@ -76,11 +86,12 @@ class RetrievalView:
         tail = length - whole * chunk
         wanted = min(whole, (self.budget - tail) // chunk)
         where = torch.as_tensor(table)[: -(-length // cache.block_size)]
-        means = self._all_means(cache, where, whole)
-        layers, kv_heads, _, width = means.shape
-        if self.choose == "query":
-            query = torch.stack([q.float() for q in queries]).view(layers, kv_heads, -1, width).sum(2)
-            scores = torch.einsum("lkw,lkcw->lkc", query, means)
+        layers, _, kv_heads, _, _ = cache.keys.shape
+        self.looked = 0
+        if self.choose in ("query", "mass"):
+            scores = (self._by_mean if self.choose == "query" else self._by_mass)(cache, where, whole, queries)
+            if self.follow:
+                scores[..., 1:] = torch.maximum(scores[..., 1:], scores[..., :-1])
         elif self.choose == "recent":
             scores = torch.arange(whole, dtype=torch.float32).expand(layers, kv_heads, whole).clone()
         else:
@@ -100,11 +111,30 @@ class RetrievalView:
             half[layer, self._where[target // PAGE], head, target % PAGE] = some
         self.filled, self.end, self.built = count, length, length
 
+    def _by_mean(self, cache: Any, where: Tensor, whole: int, queries: Sequence[Tensor]) -> Tensor:
+        """Products of queries and mean keys (layers, kv_heads, chunks)."""
+        means = self._all_means(cache, where, whole)
+        layers, kv_heads, _, width = means.shape
+        query = torch.stack([q.float() for q in queries]).view(layers, kv_heads, -1, width).sum(2)
+        return torch.einsum("lkw,lkcw->lkc", query, means)
+
+    def _by_mass(self, cache: Any, where: Tensor, whole: int, queries: Sequence[Tensor]) -> Tensor:
+        """Attention that the queries pay to each chunk (layers, kv_heads, chunks); reads all keys, once per view."""
+        self.looked = whole * self.chunk
+        found = []
+        for keys, query in zip(cache.keys, queries, strict=True):
+            line = widened(keys[where]).transpose(0, 1).flatten(1, 2)[:, : whole * self.chunk]
+            scale = line.shape[2] ** -0.5 if self.scale is None else self.scale
+            logits = query.float().view(line.shape[0], -1, line.shape[2]) @ line.transpose(1, 2) * scale
+            found.append(logits.softmax(2).unflatten(2, (whole, self.chunk)).sum(3).sum(1))
+        return torch.stack(found)
+
     def _all_means(self, cache: Any, where: Tensor, whole: int) -> Tensor:
         """Mean keys of the first ``whole`` chunks; those of older chunks are kept from the last time."""
         known = 0 if self._means is None else self._means.shape[2]
         if self._means is None or known < whole:
             size, chunk = cache.block_size, self.chunk
+            self.looked = (whole - known) * chunk
             first = known * chunk // size
             pages = cache.keys[:, where[first : -(-whole * chunk // size)]]  # (layers, pages, kv_heads, size, width)
             line = pages.transpose(1, 2).flatten(2, 3)[:, :, known * chunk - first * size :]

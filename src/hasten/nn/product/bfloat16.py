@@ -23,7 +23,7 @@ __all__ = ["multiply", "pack", "panels", "stretch", "unpack", "write_sums"]
 
 _SPAN = 512
 """Input pairs of a stretch (128 KiB of weights)."""
-_AHEAD = 56 * LINE
+_AHEAD = 192 * LINE
 """Bytes between a weight in use and the one asked for."""
 
 

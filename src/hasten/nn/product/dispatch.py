@@ -32,9 +32,11 @@ __all__ = [
     "gates_in_place",
     "group_of",
     "inputs_for",
+    "items_of",
     "part",
     "pointer",
     "prepare_row",
+    "takes_forms",
     "width_of",
 ]
 
@@ -130,6 +132,12 @@ def prepare_row(matrix: Any, line: Any, row: Any, rows: Any, forms: Any) -> None
     quantise_row(line, group, zero, q[row, :width], starts[row, :groups], scales[row, :groups])
     if tiled:
         tiles.arrange_row(q[row, :width], _byte_tiles(room.ctypes.data, rows, width), row)
+
+
+@njit(cache=True)
+def takes_forms(matrix: Any, rows: Any) -> Any:
+    """Whether the matrix's kernel takes so many rows in a form of its own, not as they are."""
+    return matrix[0] != BF16 or (matrix[7] != 0 and rows >= tiles.FEWEST)
 
 
 _LEAF = types.void(*[types.intp] * 10)
@@ -251,6 +259,12 @@ def _begin(matrix: Any, inputs: Any, rows: Any, panel: Any) -> None:
         tiles.ask(matrix[3] + panel * _panel_bytes(matrix), min(tiles.FAR_AHEAD, _panel_bytes(matrix)))
         width = matrix[2] * 2 if matrix[0] == BF16 else width_of(matrix)
         tiles.ask(inputs[4], tiles.sixteens_of(min(rows, GROUP)) * 16 * width)
+
+
+@njit(cache=True, error_model="numpy")
+def items_of(matrix: Any, rows: Any) -> Any:
+    """Items of a product: panels times groups of rows."""
+    return (matrix[1] + PANEL - 1) // PANEL * ((rows + GROUP - 1) // GROUP)
 
 
 @njit(cache=True, error_model="numpy")

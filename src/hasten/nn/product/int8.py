@@ -28,7 +28,7 @@ ZERO = 128
 """What is added to a weight, for the instruction takes it unsigned."""
 _SPAN = 4
 """Groups of a stretch (128 KiB of weights)."""
-_AHEAD = 24 * LINE
+_AHEAD = 192 * LINE
 _QUADS = INPUTS // 4
 
 

@@ -53,7 +53,7 @@ _PAIRS = 16
 """Input pairs (bfloat16) or quads (int8) of a tile."""
 TILE = 16 * LINE
 """Bytes of a tile."""
-AHEAD = 4 * TILE
+AHEAD = 12 * TILE
 """Bytes between a weight in use and the one asked for, where one pass over the panel does for all rows."""
 FAR_AHEAD = 32 * TILE
 """The same where weights are passed several times: these are asked for into the second cache."""
@@ -99,36 +99,31 @@ def _configure(builder: Any, narrow: int = LINE) -> None:
 
 
 def _block(
-    builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: Any,
-    ask: Callable[[Any, Any, int], None], first: Any,
+    builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, between: Any, dot: str,
+    fresh: Any, ask: Callable[[Any, Any, int], None], first: Any,
 ) -> None:  # fmt: skip
-    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), or written there
-    where they are ``fresh`` (None: they never are). ``ask(pass, step, quarter)`` asks for weights to come, before
-    each of the four products of a step; passes are counted from ``first``."""
+    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), whose rows are
+    ``between`` bytes apart, or written there where they are ``fresh``. ``ask(pass, step, quarter)`` asks for weights
+    to come, before each of the four products of a step; passes are counted from ``first``."""
     line = ir.Constant(_WORD, PANEL * 4)
     rows = [builder.add(x, scaled(builder, tall, i)) for i in range(halves)]
+    lines = [builder.add(sums, scaled(builder, between, 16 * i)) for i in range(halves)]
     # Four tiles of sums: 16 rows by 64 outputs in one pass over the panel, or 32 rows by 32 outputs in two.
     columns = 4 // halves
     for side in range(halves):
         places = [
-            (columns * i + j, builder.add(sums, ir.Constant(_WORD, (16 * i * PANEL + (columns * side + j) * 16) * 4)))
+            (columns * i + j, builder.add(lines[i], ir.Constant(_WORD, (columns * side + j) * LINE)))
             for i in range(halves)
             for j in range(columns)
         ]
 
-        def resume(places: Any = places) -> None:
-            for tile, where in places:
-                run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
-
-        if fresh is None:
-            resume()
-        else:
-            with builder.if_else(fresh) as (begin, go_on):
-                with begin:
-                    for tile, _ in places:
-                        run_assembly(builder, f"tilezero %tmm{tile}")
-                with go_on:
-                    resume()
+        with builder.if_else(fresh) as (begin, go_on):
+            with begin:
+                for tile, _ in places:
+                    run_assembly(builder, f"tilezero %tmm{tile}")
+            with go_on:
+                for tile, where in places:
+                    run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, between)
         with cgutils.for_range(builder, steps) as loop:
             along = scaled(builder, loop.index, TILE)
             panel = builder.add(weights, scaled(builder, loop.index, 4 * TILE))
@@ -147,44 +142,53 @@ def _block(
                     if halves * j + i < 3:
                         ask(number, loop.index, halves * j + i + 1)
         for tile, where in places:
-            run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
+            run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, between)
 
 
-def _tiles_of(dot: str, fresh: bool) -> Any:
+def _scattered(line: int) -> int:
+    """Which line of 4 KiB is asked for after ``line`` others, see :func:`hasten.nn.product.blocks.accumulate`."""
+    return line % 4 * 16 + line // 4
+
+
+def _tiles_of(dot: str) -> Any:
     @intrinsic
     def tiles_of(
-        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, sixteens: Any, following: Any, lines: Any
-    ) -> Any:
+        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, between: Any, fresh: Any, sixteens: Any,
+        following: Any, lines: Any,
+    ) -> Any:  # fmt: skip
         """16 * ``sixteens`` rows (arranged, ``tall`` bytes for 16 of them) times ``steps`` tiles of a panel's inputs,
         to ``sums``; see :func:`_block`. Meanwhile the weights from ``following`` on are asked for, ``lines`` of them
         after each product of two tiles."""
-        return types.void(*[types.intp] * 8), _generator(dot, fresh)
+        return types.void(*[types.intp] * 10), _generator(dot)
 
     return tiles_of
 
 
-def _generator(dot: str, fresh: bool) -> Any:
+def _generator(dot: str) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, tall, weights, steps, sums, sixteens, following, lines = arguments
+        x, tall, weights, steps, sums, between, fresh, sixteens, following, lines = arguments
+        fresh = builder.icmp_signed("!=", fresh, ir.Constant(_WORD, 0))
         zero, one, two, bite = (ir.Constant(_WORD, n) for n in (0, 1, 2, _BITE))
         share = scaled(builder, lines, 4 * LINE)
 
         def passes(x: Any, weights: Any, steps: Any, following: Any, first: Any, single: bool) -> None:
             def ask_for(number: Any, step: Any, quarter: int) -> None:
-                if single and quarter:
+                if single:
+                    at = builder.add(following, scaled(builder, step, 4 * TILE))
+                    with builder.if_then(builder.icmp_signed("!=", lines, zero)):
+                        for line in range(16 * quarter, 16 * quarter + 16):
+                            avx.prefetch(builder, at, _scattered(line) * LINE)
                     return
                 done = builder.add(builder.mul(number, steps), step)
                 begin = builder.add(following, builder.mul(done, share))
                 begin = builder.add(begin, scaled(builder, lines, quarter * LINE))
                 with cgutils.for_range(builder, lines) as loop:
-                    here = builder.add(begin, scaled(builder, loop.index, 4 * LINE if single else LINE))
-                    for i in range(4 if single else 1):
-                        avx.prefetch(builder, here, i * LINE, 0 if single else 1)
+                    avx.prefetch(builder, builder.add(begin, scaled(builder, loop.index, LINE)), 0, 1)
 
             def block(halves: int, number: Any) -> None:
                 at = builder.add(x, builder.mul(number, tall))
-                target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
-                _block(builder, halves, at, tall, weights, steps, target, dot, first, ask_for, number)
+                target = builder.add(sums, builder.mul(number, scaled(builder, between, 16)))
+                _block(builder, halves, at, tall, weights, steps, target, between, dot, first, ask_for, number)
 
             if single:
                 block(1, zero)
@@ -196,14 +200,14 @@ def _generator(dot: str, fresh: bool) -> Any:
 
         with builder.if_else(builder.icmp_signed("==", sixteens, one)) as (alone, several):
             with alone:
-                passes(x, weights, steps, following, ir.Constant(ir.IntType(1), 1) if fresh else None, single=True)
+                passes(x, weights, steps, following, fresh, single=True)
             with several:
                 bites = builder.sdiv(builder.add(steps, builder.sub(bite, one)), bite)
                 with cgutils.for_range(builder, bites) as loop:
                     done = builder.mul(loop.index, bite)
                     rest = builder.sub(steps, done)
                     count = builder.select(builder.icmp_signed("<", rest, bite), rest, bite)
-                    first = builder.icmp_signed("==", done, zero) if fresh else None
+                    first = builder.and_(fresh, builder.icmp_signed("==", done, zero))
                     here = builder.add(x, scaled(builder, done, TILE))
                     there = builder.add(weights, scaled(builder, done, 4 * TILE))
                     asked = builder.mul(builder.mul(done, sixteens), share)
@@ -263,8 +267,8 @@ def close_tiles(typing: Any) -> Any:
     return types.void(), generate
 
 
-_tiles = _tiles_of("tdpbf16ps", False)
-_byte_tiles = _tiles_of("tdpbsud", True)  # signed activations, unsigned weights
+_tiles = _tiles_of("tdpbf16ps")
+_byte_tiles = _tiles_of("tdpbsud")  # signed activations, unsigned weights
 
 
 @njit(cache=True)
@@ -282,9 +286,12 @@ def sixteens_of(rows: int) -> int:
 
 
 @njit(cache=True)
-def _serves_as_sums(out: Any, count: int) -> Any:
-    """Whether ``count`` rows of ``out`` can hold the sums themselves: whole tiles that are lines of memory."""
-    return out.shape[1] == PANEL and out.itemsize == 4 and count % 16 == 0 and out.ctypes.data % LINE == 0
+def _serve_as_sums(out: Any, count: int, outs: int, pairs: int) -> Any:
+    """Whether ``count`` rows of ``outs`` outputs can hold the sums themselves: whole tiles, which are read again and
+    again where there are several, so that then they are to be lines of memory and close to each other."""
+    if out.itemsize != 4 or outs < PANEL or count % 16 != 0 or pairs % _PAIRS != 0:
+        return False
+    return count == 16 or (out.shape[1] == PANEL and out.ctypes.data % LINE == 0)
 
 
 @njit(cache=True)
@@ -333,7 +340,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
-    room = _sums_for(rows).view(np.float32)
+    sums = _sums_for(rows).view(np.float32)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
     tall = tiles.shape[1] * TILE
     open_tiles()
@@ -342,18 +349,23 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
         count = min(GROUP, rows - start)
         sixteens = sixteens_of(count)
         ahead = AHEAD if sixteens == 1 else FAR_AHEAD
-        in_place = len(bias) == 0 and _serves_as_sums(out, count)
-        sums = out.view(np.float32)[start : start + count] if in_place else room
-        sums[:] = 0
-        for pair in range(0, pairs, _SPAN):
-            span = min(_SPAN, pairs - pair)
+        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
+        in_place = len(bias) == 0 and _serve_as_sums(out, count, high - low, pairs)
+        at, between = sums.ctypes.data, PANEL * 4
+        if in_place:
+            at, between = out.ctypes.data + (start * width + low) * 4, width * 4
+        longest = pairs if sixteens == 1 else _SPAN
+        for pair in range(0, pairs, longest):
+            span = min(longest, pairs - pair)
             whole = span // _PAIRS
             there = base + (panel * pairs + pair) * PANEL * 4
             if whole > 0:
                 _tiles(
-                    tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole,
-                    sums.ctypes.data, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
+                    tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole, at, between,
+                    pair == 0, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
                 )  # fmt: skip
+            elif pair == 0:
+                sums[:] = 0
             if whole * _PAIRS < span:
                 done = whole * _PAIRS
                 stretch(
@@ -361,7 +373,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
                     sums.ctypes.data, count,
                 )  # fmt: skip
         if not in_place:
-            write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
+            write_sums(sums, count, bias, out, start, low, high)
     close_tiles()
 
 
@@ -425,7 +437,7 @@ def byte_panels(
             steps = here // _PAIRS
             _byte_tiles(
                 tiles.ctypes.data + begin // 16 * tall + group * (span // _PAIRS) * TILE, tall, there, steps,
-                totals.ctypes.data, sixteens, there + ahead, sooner,
+                totals.ctypes.data, PANEL * 4, 1, sixteens, there + ahead, sooner,
             )  # fmt: skip
             asked = sooner * 4 * sixteens * steps
             left = max(0, 4 * _PAIRS * steps - asked) if lines > 0 else 0
