@@ -6,6 +6,7 @@ puts the barriers between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "rows_for",
 ]
 
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic  # a checker would count the context of a call
 QKV, OUT, GATE_UP, DOWN = range(4)
 """Order of a layer's matrices in the table."""
 
@@ -110,7 +112,7 @@ def attention(
         attend_pages(query, chunk_of, places, tables, keys, values, scale, window, out, cuts[at], cuts[at + 1])
 
 
-@intrinsic
+@_intrinsic
 def _call(typing: Any, code: Any, job: Any, first: Any, last: Any) -> Any:
     """Call the code at an address, see :mod:`kernels_tiles`."""
 

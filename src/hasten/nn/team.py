@@ -10,6 +10,7 @@ the other. So a team is whoever has come when its first member stops waiting, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _CLOSED = 1 << 32
 _ARRIVED, _SIZE, _MET = 0, 8, 16  # each in a line of memory of its own
 _SPINS = 2000  # about 0.1 ms, then others may have the core
 _WORD = ir.IntType(64)
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic  # a checker would count the context of a call
 
 binding.initialize_native_asmparser()
 
@@ -36,7 +38,7 @@ def _place(builder: Any, team: Any, field: Any) -> Any:
     return builder.inttoptr(builder.add(team, offset), _WORD.as_pointer())
 
 
-@intrinsic
+@_intrinsic
 def _add(typing: Any, team: Any, field: Any, value: Any) -> Any:
     """Add to a field in one piece; what was there before."""
 
@@ -46,7 +48,7 @@ def _add(typing: Any, team: Any, field: Any, value: Any) -> Any:
     return types.int64(types.intp, types.intp, types.int64), generate
 
 
-@intrinsic
+@_intrinsic
 def _read(typing: Any, team: Any, field: Any) -> Any:
     """A field as others left it."""
 
@@ -56,7 +58,7 @@ def _read(typing: Any, team: Any, field: Any) -> Any:
     return types.int64(types.intp, types.intp), generate
 
 
-@intrinsic
+@_intrinsic
 def _rest(typing: Any, spins: Any) -> Any:
     """Wait a little; who has waited for long leaves the core to others."""
 
