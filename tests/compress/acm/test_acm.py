@@ -11,7 +11,7 @@ from torch import nn
 from hasten.clock import ManualClock
 from hasten.compress.acm import ACM, AdaptiveComputation, executed_share, load_map, running, set_budget, set_fixed
 from hasten.compress.acm.targets import find_targets
-from hasten.compress.acm.technique import _labels, adaptive_layers, measure_gates
+from hasten.compress.acm.technique import adaptive_layers, measure_gates
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import cost
 from hasten.testing.technique_kit import TechniqueKit
@@ -73,13 +73,6 @@ def test_all_learners_of_neurons_are_the_layer():
     torch.testing.assert_close(layer(z), expected, atol=1e-5, rtol=1e-5)
     assert layer.size == 16
     torch.testing.assert_close(layer.prefixes(z)[2], layer.prefix(z, 2), atol=1e-5, rtol=1e-5)
-
-
-def test_labels_by_definition():
-    """Errors 8, 4, 3.9, 1: the second learner helps by less than a fifth, so one is enough; then never, so the last."""
-    y = torch.zeros(2, 1)
-    errors = torch.tensor([[8.0, 4.0, 3.9, 1.0], [8.0, 4.0, 2.0, 1.0]])
-    assert _labels(errors.T[:, :, None], y, 1.2, 1).tolist() == [2, 3]
 
 
 def test_budget_is_kept_and_counted_by_operator():
@@ -184,6 +177,35 @@ def test_the_first_count_that_pays_has_a_follower_that_pays():
     assert first(4, 64) == first() == 512
 
 
+def test_choices_by_lot_cost_the_budget_before_tuning():
+    small = ACM(targets=("*.mlp",), epochs=1, gate_epochs=1, tune_epochs=0)(network(), inputs())
+    running.lean_choices(small, inputs(), 0.4)
+    layers = adaptive_layers(small).values()
+    torch.manual_seed(0)
+    small.train()
+    with torch.no_grad():
+        shares = [(small(x), executed_share(small))[1] for x in inputs() * 5]
+    small.eval()
+    assert sum(shares) / len(shares) == pytest.approx(0.4, abs=0.03)
+    assert not any(layer._forward_pre_hooks for layer in layers)
+    with pytest.raises(ConfigurationError, match="budget is 2"):
+        running.lean_choices(small, inputs(), 2)
+
+
+def test_tuning_of_one_step_already_has_the_budget():
+    """Gates that were taught to run everything would never get there in so few steps."""
+    model, data = network(), inputs(8)
+    acm = ACM(targets=("*.mlp",), labels="improvement", improvement=1.0001, epochs=1, gate_epochs=20, tune_epochs=1)
+    gated = acm.gates(acm.distil(model, data), model, data).eval()
+    with torch.no_grad():
+        gated(data[0])
+    assert executed_share(gated) > 0.8
+    small = acm.finetune(gated, None, budget=0.3, teacher=model, inputs=data).eval()
+    with torch.no_grad():
+        small(data[0])
+    assert executed_share(small) == pytest.approx(0.3, abs=0.05)
+
+
 def test_targets_that_do_not_fit_are_named():
     with pytest.raises(ConfigurationError, match="no module is called"):
         ACM(targets=("*.ffn",))(network(), inputs())
@@ -200,7 +222,16 @@ def test_targets_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"budget": 0}, {"budget": 1.5}, {"learners": 0}, {"improvement": 1.0}, {"init": "x"}, {"epochs": 0}]
+    "knobs",
+    [
+        {"budget": 0},
+        {"budget": 1.5},
+        {"learners": 0},
+        {"improvement": 1.0},
+        {"labels": "x"},
+        {"init": "x"},
+        {"epochs": 0},
+    ],
 )
 def test_bad_knobs(knobs):
     with pytest.raises(ConfigurationError):

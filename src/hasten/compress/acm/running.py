@@ -6,7 +6,7 @@ whole and with its gate is timed for some counts of tokens; calls below the firs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,52 @@ def executed_share(model: nn.Module) -> float:
     return spent / full
 
 
+def lean_choices(model: nn.Module, inputs: Sequence[Any], budget: float, *, tolerance: float = 0.002) -> nn.Module:
+    """As :func:`set_budget`, for choices by lot as in training: the share that they cost in the mean.
+
+    A gate's choice by lot is k with the probability that its logits give, so the mean is known without drawing.
+    """
+    if not 0 < budget <= 1:
+        raise ConfigurationError(f"budget is {budget}; give a share of the multiply-adds in (0, 1]")
+    set_fixed(model, None)
+    layers = list(adaptive_layers(model).values())
+    biases = [layer.gate_bias.detach().clone() for layer in layers]
+    seen: dict[int, Tensor] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, given: seen.__setitem__(id(m), given[0])) for m in layers]
+    full = sum(layer.cost_of(layer.learners) for layer in layers)
+
+    def share(lean: float) -> float:
+        total = 0.0
+        for layer, bias in zip(layers, biases, strict=True):
+            layer.gate_bias.copy_(bias + lean * torch.arange(len(bias), dtype=bias.dtype))
+        for example in inputs:
+            call(model, example)
+            for layer in layers:
+                odds = layer.scores(seen[id(layer)]).softmax(-1)
+                steps = torch.arange(layer.least, layer.learners + 1, dtype=odds.dtype)
+                total += layer.cost_of(float((odds * steps).sum(-1).mean()))
+        return total / full / len(inputs)
+
+    try:
+        with evaluating(model), torch.no_grad():
+            _lean(share, budget, tolerance)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return model
+
+
+def _lean(share: Callable[[float], float], budget: float, tolerance: float) -> None:
+    """Bisection for the number at which ``share``, which sets it, is the budget."""
+    low, high = -30.0, 30.0
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = share(middle)
+        if abs(found - budget) <= tolerance:
+            break
+        low, high = (middle, high) if found < budget else (low, middle)
+
+
 def set_budget(model: nn.Module, inputs: Sequence[Any], budget: float, *, tolerance: float = 0.002) -> nn.Module:
     """Lean all gates towards fewer or more learners, in place, until this share runs on ``inputs``; returns the model.
 
@@ -77,13 +123,7 @@ def set_budget(model: nn.Module, inputs: Sequence[Any], budget: float, *, tolera
                 total += executed_share(model)
             return total / len(inputs)
 
-    low, high = -30.0, 30.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        found = share(middle)
-        if abs(found - budget) <= tolerance:
-            break
-        low, high = (middle, high) if found < budget else (low, middle)
+    _lean(share, budget, tolerance)
     for layer, tokens in zip(layers, least, strict=True):
         layer.min_tokens = tokens
         if layer.last is not None:

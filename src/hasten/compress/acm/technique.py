@@ -1,10 +1,10 @@
 """From a trained model to one that computes as much as each token needs: distil, train gates, tune end to end.
 
-Phase 1: every part is distilled on its own inputs, for all prefixes of learners at once. Phase 2: gates learn the
-first k whose next learner would help by less than a fifth. Phase 3: ``L = task + λ_b |share - β| - λ_e H + λ_d D``
-with hard Gumbel choices. "Adaptive Computation Modules", Wójcik et al. 2023, arXiv:2312.10193. Differs from the paper
-in: learners may begin as the part's own hidden units, and after tuning all gates lean by one number until the budget
-is met.
+Phase 1: every part is distilled on its own inputs, for all prefixes of learners at once. Phase 2: gates learn how many
+learners a token is worth. Phase 3: ``L = task + λ_b |share - β| - λ_e H + λ_d D`` with hard Gumbel choices. "Adaptive
+Computation Modules", Wójcik et al. 2023, arXiv:2312.10193. Differs from the paper in: learners may begin as the part's
+own hidden units; what a token is worth is told by the loss; before and after tuning all gates lean by one number until
+the budget is met, since tuning of a few hundred steps does not get there.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten.compress.acm.module import AdaptiveComputation
+from hasten.compress.acm import labels as worth
 from hasten.compress.acm.running import (
     adaptive_layers,
     executed_share,
+    lean_choices,
     load_map,
     measure_gates,
     set_budget,
     set_fixed,
 )
-from hasten.compress.acm.targets import Target, find_targets, put, replacement, tokens_of
+from hasten.compress.acm.targets import Target, find_targets, put, replacement
 from hasten.compress.lowrank.moments import evaluating, output_sqnr
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
-from hasten.measure.counting import call
 from hasten.train.fit import fit
 
 __all__ = ["ACM", "adaptive_layers", "executed_share", "load_map", "measure_gates", "set_budget", "set_fixed"]
@@ -59,8 +59,10 @@ class ACM:
     """multiply-adds of all learners over those of the part"""
     budget: float = 0.5
     """share of the multiply-adds that tuning aims at, gates included"""
+    labels: Literal["loss", "improvement"] = "loss"
+    """what gates learn: the learners that lower the loss most for the budget, or the publication's rule"""
     improvement: float = 1.2
-    """a gate's label is the first k whose next learner lowers the error by less than this factor"""
+    """by that rule a label is the first k whose next learner lowers the error by less than this factor"""
     init: Literal["neurons", "random"] = "neurons"
     """how learners begin"""
     epochs: int = 2
@@ -72,6 +74,8 @@ class ACM:
     tune_epochs: int = 3
     """of end-to-end tuning; 0 leaves it out"""
     tune_rate: float = 5e-4
+    tune_gate_rate: float | None = None
+    """of the gates in tuning, whose gradients are small and noisy; None: three times ``tune_rate``"""
     budget_weight: float = 1.0
     """of the distance to the budget; the publication has 0.1 over many more steps"""
     entropy_weight: float = 0.05
@@ -93,6 +97,8 @@ class ACM:
             )
         if self.improvement <= 1:
             raise ConfigurationError(f"improvement is {self.improvement}; give a factor above 1, such as 1.2")
+        if self.labels not in ("loss", "improvement"):
+            raise ConfigurationError(f"labels is {self.labels!r}; give 'loss' or 'improvement'")
         if self.init not in ("neurons", "random") or not self.targets:
             raise ConfigurationError(f"init {self.init!r} or targets {self.targets} cannot be used")
         if self.epochs < 1 or self.gate_epochs < 1 or self.tune_epochs < 0:
@@ -118,7 +124,9 @@ class ACM:
             )
         tell = progress or (lambda stage, share: None)
         small = self.distil(model, calibration, progress=lambda s, x: tell("distilling", 0.4 * x))
-        small = self.gates(small, model, calibration, progress=lambda s, x: tell("gates", 0.4 + 0.1 * x))
+        small = self.gates(
+            small, model, calibration, train=train, loss=loss, progress=lambda s, x: tell("gates", 0.4 + 0.1 * x)
+        )
         if self.tune_epochs:
             small = self.finetune(
                 small, train, loss=loss, teacher=None if train is not None else model,
@@ -151,7 +159,7 @@ class ACM:
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
 
             def objective(students: nn.Module, batch: Any) -> Tensor:
-                pairs = _pairs(frozen, targets, batch)
+                pairs = worth.pairs(frozen, targets, batch)
                 total = torch.zeros(())
                 for layer, (z, y) in zip(layers, pairs, strict=True):
                     made = layer.prefixes(z)[layer.least :]  # type: ignore[operator]
@@ -168,34 +176,70 @@ class ACM:
     # ---- phase 2 ----------------------------------------------------------------------------------------------------
 
     def gates(
-        self, small: nn.Module, model: nn.Module, calibration: Sequence[Any], *, progress: Tell | None = None
+        self,
+        small: nn.Module,
+        model: nn.Module,
+        calibration: Sequence[Any],
+        *,
+        train: Sequence[Any] | None = None,
+        loss: Loss | None = None,
+        progress: Tell | None = None,
     ) -> nn.Module:
-        """Gates that foresee how many learners are worth their cost; learners stay. ``model`` is the original."""
+        """Gates that foresee how many learners are worth their cost; learners stay. ``model`` is the original.
+
+        With ``labels="loss"`` tokens matter by the gradient of ``loss`` on ``train``; where only ``train`` is given,
+        by that of cross-entropy with classes drawn from the outputs; without, by that of the outputs.
+        """
         clone = copy.deepcopy(small)
         targets: Sequence[Target] = clone.acm_targets  # type: ignore[assignment]
-        layers = [clone.get_submodule(t.name) for t in targets]
+        layers = [adaptive_layers(clone)[t.name] for t in targets]
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        own = loss is not None and train is not None
+        batches = list(train or ()) if own else list(calibration)
+        scalar = loss if own else worth.of_outputs if train is None else worth.of_classes
+        assert scalar is not None
+
+        def weighed(batch: Any) -> list[tuple[Tensor, Tensor]]:
+            """Inputs and the weighted errors of every prefix, part by part."""
+            rows = worth.weighted_pairs(frozen, targets, batch, scalar)
+            with torch.no_grad():
+                return [
+                    (z, worth.errors(layer.prefixes(z), y, w)) for layer, (z, y, w) in zip(layers, rows, strict=True)
+                ]
+
+        sizes = [layer.cost_of(1) - layer.cost_of(0) for layer in layers]
+        least = [layer.least for layer in layers]
+        price = 0.0
 
         def objective(gates: nn.Module, batch: Any) -> Tensor:
             total = torch.zeros(())
-            for layer, (z, y) in zip(layers, _pairs(frozen, targets, batch), strict=True):
-                assert isinstance(layer, AdaptiveComputation)
-                with torch.no_grad():
-                    labels = _labels(layer.prefixes(z), y, self.improvement, max(layer.least, 1)) - layer.least
-                total = total + functional.cross_entropy(layer.scores(z), labels)
-            return total / len(layers)
+            if self.labels == "loss":
+                given = []
+                for (z, wrong), size, k in zip(weighed(batch), sizes, least, strict=True):
+                    given.append((z, worth.cheapest(wrong, price * size, k), worth.stake(wrong, price * size, k)))
+                total_stake = torch.cat([s for _, _, s in given]).mean() * len(layers)
+            else:
+                given = []
+                for layer, (z, y) in zip(layers, worth.pairs(frozen, targets, batch), strict=True):
+                    with torch.no_grad():
+                        least_k = max(layer.least, 1)
+                        labels = worth.first_that_helps_little(layer.prefixes(z), y, self.improvement, least_k)
+                    given.append((z, labels, torch.ones(len(z))))
+                total_stake = torch.tensor(float(len(layers)))
+            for layer, (z, labels, stake) in zip(layers, given, strict=True):
+                each = functional.cross_entropy(layer.scores(z), labels - layer.least, reduction="none")
+                total = total + (each * stake).mean() / total_stake
+            return total
 
-        chosen = nn.ModuleList(layer.gate for layer in layers)  # type: ignore[misc]
+        chosen = nn.ModuleList(layer.gate for layer in layers)
         with torch.random.fork_rng(devices=[]):
-            fit(
-                chosen,
-                list(calibration),
-                objective,
-                self.gate_epochs,
-                self.gate_rate,
-                seed=self.seed,
-                progress=progress,
-            )
+            torch.manual_seed(self.seed)
+            if self.labels == "loss":
+                some = [weighed(batch) for batch in batches[:8]]
+                joined = [torch.cat([row[i][1] for row in some], 1) for i in range(len(layers))]
+                aim = sum(self.budget * layer.cost_of(layer.learners) - layer.gate_cost for layer in layers)
+                price = worth.find_price(joined, sizes, least, aim)
+            fit(chosen, batches, objective, self.gate_epochs, self.gate_rate, seed=self.seed, progress=progress)
         clone.train(small.training)
         set_fixed(clone, None)
         return clone
@@ -258,12 +302,24 @@ class ACM:
             generator = torch.Generator().manual_seed(self.seed * 1009 + epoch)
             return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-        with torch.random.fork_rng(devices=[]):
-            fit(clone, order, objective, max(1, self.tune_epochs), self.tune_rate, seed=self.seed, progress=progress)
+        seen: list[Any]
         if train is None:
             seen = list(batches[:8])
         else:
             seen = [b[0] if isinstance(b, (tuple, list)) else b for b in batches[:8]]
+        lean_choices(clone, seen, share)  # so that what is tuned is a model of this budget from the first step on
+        gates = [p for layer in layers for p in layer.gate.parameters()]
+        held = {id(p) for p in gates}
+        rate = 3 * self.tune_rate if self.tune_gate_rate is None else self.tune_gate_rate
+        groups = [
+            {"params": [p for p in clone.parameters() if p.requires_grad and id(p) not in held], "lr": self.tune_rate},
+            {"params": gates, "lr": rate},
+        ]
+        with torch.random.fork_rng(devices=[]):
+            fit(
+                clone, order, objective, max(1, self.tune_epochs), self.tune_rate, seed=self.seed, parameters=groups,
+                progress=progress,
+            )  # fmt: skip
         set_budget(clone, seen, share)  # choices by argmax spend otherwise than those by lot in training
         clone.train(small.training)
         return clone
@@ -297,40 +353,6 @@ class ACM:
         ]
         measured = {"sqnr": output_sqnr(model, small, calibration[:4]), "share": share}
         return TechniqueReport(self.name, tuple(reports), tuple(notes), measured)
-
-
-def _pairs(model: nn.Module, targets: Sequence[Target], batch: Any) -> list[tuple[Tensor, Tensor]]:
-    """What each part is given and gives, as rows (tokens, width)."""
-    given: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
-    hooks = []
-    for target in targets:
-        name = target.name
-        first, last = (model.get_submodule(n) for n in (target.names[0], target.names[-1]))
-        hooks.append(
-            first.register_forward_pre_hook(lambda m, a, n=name: given.__setitem__(n, tokens_of(a[0].detach())))
-        )
-        hooks.append(last.register_forward_hook(lambda m, a, r, n=name: made.__setitem__(n, tokens_of(r.detach()))))
-    try:
-        with torch.no_grad():
-            call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(given[t.name], made[t.name]) for t in targets]
-
-
-def _labels(prefixes: Tensor, y: Tensor, improvement: float, first: int) -> Tensor:
-    """The first k of at least ``first`` with ``e_{k-1} / e_k < improvement``, the last where there is none: (tokens,).
-
-    prefixes (learners + 1, tokens, width).
-    """
-    errors = (prefixes - y).norm(dim=-1).clamp_min(1e-12)
-    small = errors[:-1] / errors[1:] < improvement  # entry k - 1: learner k helps little
-    last = errors.shape[0] - 1
-    steps = torch.arange(1, last + 1, device=y.device)[:, None].expand_as(small)
-    found = torch.where(small & (steps >= first), steps, torch.full_like(steps, last))
-    return found.amin(0)
 
 
 def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:

@@ -3,7 +3,7 @@
 "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", Horváth et al. 2023, arXiv:2308.14929. Loss: full
 pass on the labels, a pass with one layer cut to a prefix on the full pass's distribution, and the group lasso
 (:mod:`ordered`). Differs from the paper in: AdamW with a cosine in place of SGD; components are dropped where their
-tail is below a share of the layer's whole; the family is cut by loss on training data per multiply-add saved.
+tail is below a share of the layer's whole; sizes are cut by loss on training data per multiply-add saved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.lowrank.cutting import batch_loss, cut_to, recalibrate, share_of, uses_of
 from hasten.compress.lowrank.moments import evaluating, output_sqnr
 from hasten.compress.lowrank.ordered import (
     OrderedConv2d,
@@ -55,6 +56,11 @@ class Maestro:
     """weight of the group lasso; 1e-6 to 1e-3"""
     shrink: float = 1e-2
     """components go whose tail is below this share of the layer's importance; 0 keeps all"""
+    share: float | None = None
+    """multiply-adds of the decomposed layers over the dense ones' to which ranks fall while training goes on; None
+    leaves ranks to the group lasso"""
+    settle: float = 0.34
+    """share of the epochs after which ranks have fallen to ``share``; what is left then trains as it is"""
     full_pass: bool = True
     """train the whole model on the labels beside the cut one; False trains the cut one alone, on the labels"""
     ignore_first: int = 0
@@ -78,6 +84,11 @@ class Maestro:
         if self.group_lasso < 0 or not 0 <= self.shrink < 1:
             raise ConfigurationError(
                 f"group_lasso {self.group_lasso} and shrink {self.shrink}; give ≥ 0, and 0 to below 1"
+            )
+        if self.share is not None and not (0 < self.share <= 1 and 0 < self.settle < 1):
+            raise ConfigurationError(
+                f"share {self.share} and settle {self.settle}; give a share of the dense multiply-adds in (0, 1], and "
+                "one of the epochs between 0 and 1"
             )
         if self.ignore_first < 0 or self.rows < 0:
             raise ConfigurationError(
@@ -112,16 +123,20 @@ class Maestro:
         if not layers:
             raise ConfigurationError("no layer is left to decompose; lower ignore_first, or set ignore_last=False")
         sampler = RankSampler(self.seed)
+        uses = uses_of(whole, batches[0][0]) if self.share is not None else {}
+        settled = max(1, round(self.settle * self.epochs))
+        done = 0
         follow = loss is None and labelled
 
         def objective(one: nn.Module, batch: Any) -> Tensor:
             x, y = batch
             total = torch.zeros(())
             made = None
-            if self.full_pass or not self.ordered:
+            final = self.share is not None and done >= settled  # nothing is left to drop, so order serves nothing
+            if self.full_pass or not self.ordered or final:
                 made = one(x)
                 total = total + judge(made, y)
-            if self.ordered:
+            if self.ordered and not final:
                 with sampler.drawn(layers):
                     part = one(x)
                 if made is None:
@@ -130,14 +145,18 @@ class Maestro:
                     total = total + functional.cross_entropy(part, made.detach().softmax(-1))
                 else:
                     total = total + (judge(part, y) if labelled else functional.mse_loss(part, made.detach()))
-            return total + self.group_lasso * group_lasso(one) if self.group_lasso else total
+            return total + self.group_lasso * group_lasso(one) if self.group_lasso and not final else total
 
         history: list[dict[str, int]] = []
 
         def cut(epoch: int, value: float) -> None:
+            nonlocal done
             for layer in layers.values():
-                if self.shrink:
+                if self.shrink and done < settled:
                     layer.shrink(self.shrink, least=1)
+            done = epoch + 1
+            if self.share is not None and done <= settled:
+                cut_to(layers, self.share ** (done / settled), uses, lambda: batch_loss(whole, judge, batches[:8]))
             history.append({n: layer.rank for n, layer in layers.items()})
 
         def order(epoch: int) -> list[Any]:
@@ -149,6 +168,7 @@ class Maestro:
                 whole, order, objective, self.epochs, self.rate, seed=self.seed, progress=progress, on_epoch=cut
             )
         whole.eval()
+        recalibrate(whole, [x for x, _ in batches])  # passes of prefixes have moved the running statistics too
         found = MaestroFit(whole, {n: layer.rank for n, layer in layers.items()}, tuple(history), tuple(losses), judge)
         small = found.deploy(rows=self.rows, example=batches[0][0] if self.rows else None)
         small.train(model.training)
@@ -156,6 +176,8 @@ class Maestro:
             f"{len(layers)} layers in ordered components over {self.epochs} epochs; ranks "
             + ", ".join(f"{n} {layer.left.shape[1]} to {layer.rank}" for n, layer in layers.items())
         ]
+        if self.share is not None:
+            notes.append(f"{share_of(layers, uses):.1%} of the multiply-adds; {self.share:.1%} were asked for")
         if any(layer.rank == 1 for layer in layers.values()):
             ones = ", ".join(n for n, layer in layers.items() if layer.rank == 1)
             notes.append(f"rank 1 was kept in {ones}; lower group_lasso or shrink if quality suffers")
@@ -273,80 +295,24 @@ class MaestroFit:
             raise ConfigurationError(f"budgets are {tuple(budgets)}; give shares of the dense multiply-adds in (0, 1]")
         work = copy.deepcopy(self.whole)
         layers = ordered_layers(work)
-        uses = _uses(work, calibrate[0][0])
-        full = sum(uses[n] * layer.dense_size for n, layer in layers.items())
-
-        def spent() -> float:
-            return sum(uses[n] * layer.size() for n, layer in layers.items()) / full
-
+        uses = uses_of(work, calibrate[0][0])
         members: list[Member] = []
-        start = spent()
+        start = share_of(layers, uses)
+
+        def tell(now: float) -> None:
+            if progress is not None:
+                progress("cutting", min(1.0, (start - now) / max(start - min(budgets), 1e-9)))
+
         for budget in sorted(budgets, reverse=True):
-            while spent() > budget:
-                best: tuple[float, str, int] | None = None
-                now = self._loss(work, calibrate)
-                for name, layer in layers.items():
-                    if layer.rank <= 1:
-                        continue
-                    held = layer.rank
-                    limit = -(-layer.dense_size // layer.macs_of_rank) - 1  # the first rank that saves anything
-                    smaller = max(1, min(held - max(1, round(step * held)), limit))
-                    saved = uses[name] * (layer.size(held) - layer.size(smaller))
-                    if saved <= 0:
-                        continue
-                    layer.rank = smaller
-                    price = (self._loss(work, calibrate) - now) / saved
-                    layer.rank = held
-                    if best is None or price < best[0]:
-                        best = (price, name, smaller)
-                if best is None:
-                    break
-                layers[best[1]].rank = best[2]
-                if progress is not None:
-                    progress("cutting", min(1.0, (start - spent()) / max(start - min(budgets), 1e-9)))
+            spent = cut_to(
+                layers, budget, uses, lambda: batch_loss(work, self.judge, calibrate), step=step, tell=tell
+            )  # fmt: skip
             member = copy.deepcopy(work)
             recalibrate(member, [b[0] for b in calibrate])
             ranks = {n: layer.rank for n, layer in layers.items()}
             fresh = MaestroFit(member, ranks, (), (), self.judge)
-            members.append(Member(spent(), ranks, self._loss(member, calibrate), fresh.deploy()))
+            members.append(Member(spent, ranks, batch_loss(member, self.judge, calibrate), fresh.deploy()))
         return members
-
-    def _loss(self, model: nn.Module, batches: Sequence[Any]) -> float:
-        # Statistics of the batch itself stand for recalibration while candidates are compared.
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        with evaluating(model), torch.no_grad():
-            kept = [(m, m.track_running_stats, m.running_mean, m.running_var) for m in norms]
-            for m in norms:
-                m.running_mean = m.running_var = None
-            try:
-                return float(sum(float(self.judge(model(x), y)) for x, y in batches) / len(batches))
-            finally:
-                for m, _, mean, var in kept:
-                    m.running_mean, m.running_var = mean, var
-
-
-def recalibrate(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
-    """Running statistics of batch normalisation anew, in place, as plain averages over these inputs."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return model
-    modes = [(m, m.training) for m in model.modules()]
-    momenta = [m.momentum for m in norms]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    try:
-        with torch.no_grad():
-            for x in inputs:
-                model(x)
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    return model
 
 
 def _inputs(model: nn.Module, example: Any, rows: int) -> dict[str, Tensor]:
@@ -371,21 +337,3 @@ def _dense_is_faster(layer: Any, rank: int, x: Tensor) -> bool:
     with torch.inference_mode():
         times = compare({"one": lambda: one(x), "two": lambda: two(x)}, rules)
     return times.samples["one"].median <= times.samples["two"].median
-
-
-def _uses(model: nn.Module, x: Any) -> dict[str, int]:
-    """How often each weight of a layer is used for one example: 1 in a linear layer over vectors, pixels in a
-    convolution."""
-    counts: dict[str, int] = {}
-    hooks = []
-    for name, layer in ordered_layers(model).items():
-
-        def hear(m: Any, given: Any, made: Tensor, name: str = name) -> None:
-            counts[name] = max(1, made.numel() // int(m.left.shape[0]) // len(given[0]))
-
-        hooks.append(layer.register_forward_hook(hear))
-    with evaluating(model), torch.no_grad():
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return counts
