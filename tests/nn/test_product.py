@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.nn.product import FORMATS, bfloat16, instructions, supported, tiles
+from hasten.nn.product import FORMATS, bfloat16, instructions, past_caches, supported, tiles
 
 NONE = np.empty(0, np.float32)
 PRECISIONS = [p for p in FORMATS if supported(p)]
@@ -146,3 +146,19 @@ def test_a_processor_without_the_instructions_compiles_kernels_that_hold_them(mo
     assert instructions.dot_bfloat16(None, total, None, None) is total  # the builder is not even asked
     assert instructions.dot_bytes(None, total, None, None) is total
     assert tiles.run_assembly(None, "tilerelease") is None
+
+
+@pytest.mark.skipif(not tiles.granted(), reason="this processor has no matrix tiles")
+@pytest.mark.parametrize("rows", [16, 33, 100])
+def test_a_large_matrix_writes_past_the_caches_what_a_small_one_writes(rows):
+    weight, x = draw(192, 64, rows, seed=rows)
+    small = bfloat16.pack(words(weight))
+    out = np.empty((rows, 192), np.float32)
+    times = -(-past_caches.LEAST_BYTES // small.nbytes)
+    large = np.tile(small, (times, 1, 1, 1))  # the same three panels again and again
+    wide = tiles.room_for(rows * times * 192 * 4).view(np.float32).reshape((rows, times * 192))
+    assert past_caches.goes_past(large, NONE, wide)
+    assert not past_caches.goes_past(small, NONE, out)
+    tiles.multiply(words(x), small, NONE, out)
+    tiles.multiply(words(x), large, NONE, wide)
+    assert np.array_equal(wide.reshape(rows, times, 192), np.repeat(out[:, None], times, 1))

@@ -282,10 +282,9 @@ class Executor:
     @torch.inference_mode()
     def step(self, batch: RaggedBatch, cache: KVCache) -> Tensor:
         """Compute all tokens of ``batch``; returns the wanted rows' logits (rows, vocabulary), float32 on the CPU."""
-        if batch.block_tables.numel() and int(batch.block_tables.max()) >= cache.num_blocks:
+        if batch.block_tables.numel() and (last := int(batch.block_tables.numpy().max())) >= cache.num_blocks:
             raise CacheError(
-                f"the batch names block {int(batch.block_tables.max())}, the cache has {cache.num_blocks}; "
-                "give every chunk blocks of this cache"
+                f"the batch names block {last}, the cache has {cache.num_blocks}; give every chunk blocks of this cache"
             )
         if self._gpu is not None:
             return self._gpu.step(batch, cache)  # type: ignore[no-any-return]

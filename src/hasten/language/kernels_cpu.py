@@ -79,14 +79,26 @@ class Step:
         return cuts
 
 
+@njit(cache=True)
 def cut_rows(places: Any, kv_heads: int, threads: int) -> Any:
     """Where to cut (token, key head) items so that each thread reads about as many keys: (threads + 1,).
 
     places (tokens,): the last slot that each token sees; -1 for one that is left out.
     """
-    cost = np.cumsum(np.repeat(places + 1, kv_heads))
-    inner = np.searchsorted(cost, np.linspace(0, cost[-1], threads + 1)[1:-1])
-    return np.concatenate(([0], inner, [len(cost)])).astype(np.int64)
+    total = np.int64(0)
+    for place in places:
+        total += (place + 1) * kv_heads
+    cuts = np.full(threads + 1, len(places) * kv_heads, np.int64)
+    cuts[0] = 0
+    done, thread, item = np.int64(0), 1, 0
+    for place in places:
+        for _ in range(kv_heads):
+            done += place + 1
+            while thread < threads and done * threads >= total * thread:
+                cuts[thread] = item
+                thread += 1
+            item += 1
+    return cuts
 
 
 def prepare(batch: RaggedBatch) -> Step:

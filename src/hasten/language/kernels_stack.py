@@ -30,9 +30,16 @@ from hasten.language.kernels_phases import (
 )
 from hasten.nn.bfloat import bits_of_float
 from hasten.nn.product.dispatch import array_at, forms_for, gates_in_place, takes_forms
+from hasten.nn.product.tiles import room_for
 from hasten.nn.team import join, meet, new_team, share_of
 
 __all__ = ["run_stack", "threads"]
+
+
+@njit(cache=True)
+def _floats(rows: int, width: int) -> Any:
+    """(rows, width) float32 that begin at a line of memory."""
+    return room_for(rows * width * 4).view(np.float32).reshape((rows, width))
 
 
 @njit(cache=True, error_model="numpy")
@@ -135,12 +142,11 @@ def run_stack(
     rows, hidden = residual.shape
     width = matrices[0, QKV, 1] // (heads + 2 * keys.shape[2])
     h = np.empty((rows, hidden), np.uint16)
-    sums = np.empty((rows, hidden), np.float32)
-    qkv = np.empty((rows, matrices[0, QKV, 1]), np.float32)
+    sums, qkv = _floats(rows, hidden), _floats(rows, matrices[0, QKV, 1])
     query = np.empty((rows, heads, width), np.uint16)
     attended = np.empty((rows, heads * width), np.uint16)
     fused = gates_in_place(matrices[0, GATE_UP], rows)
-    pair = np.empty((0 if fused else rows, matrices[0, GATE_UP, 1]), np.float32)
+    pair = _floats(0 if fused else rows, matrices[0, GATE_UP, 1])
     inner = np.empty((rows, matrices[0, DOWN, 2]), np.uint16)
     count = len(wanted)
     some, more = np.empty((count, hidden), np.float32), np.empty((count, hidden), np.float32)

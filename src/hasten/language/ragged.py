@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,9 @@ class RaggedBatch:
             starts.append(len(ids))
             contexts.append(context)
         width = max((len(table) for _, _, table in chunks), default=0)
-        tables = [list(table) + [0] * (width - len(table)) for _, _, table in chunks]
+        tables = np.zeros((len(chunks), width), np.int32)
+        for row, (_, _, table) in zip(tables, chunks, strict=True):
+            row[: len(table)] = table
         if logits == "all":
             rows = list(range(len(ids)))
         elif logits == "last":
@@ -76,12 +79,12 @@ class RaggedBatch:
         else:
             rows = [s - 1 for s, wanted in zip(starts[1:], logits, strict=True) if wanted]
         return cls(
-            tokens=torch.tensor(ids, dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            starts=torch.tensor(starts, dtype=torch.int32),
-            contexts=torch.tensor(contexts, dtype=torch.int32),
-            block_tables=torch.tensor(tables, dtype=torch.int32).reshape(len(chunks), width),
-            logit_rows=torch.tensor(rows, dtype=torch.int64),
+            tokens=_tensor(ids, np.int64),
+            positions=_tensor(positions, np.int32),
+            starts=_tensor(starts, np.int32),
+            contexts=_tensor(contexts, np.int32),
+            block_tables=torch.from_numpy(tables),
+            logit_rows=_tensor(rows, np.int64),
         )
 
     @property
@@ -108,3 +111,7 @@ class RaggedBatch:
     def special(self) -> bool:
         """Whether rows are placed, copied or looked at as only the CPU does it."""
         return not (self.placement is None and self.places is None and self.copies is None and self.queries is None)
+
+
+def _tensor(values: list[int], kind: Any) -> Tensor:
+    return torch.from_numpy(np.array(values, kind))  # in half the time of torch.tensor, and this is done every step

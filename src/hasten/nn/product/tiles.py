@@ -26,6 +26,7 @@ from hasten.nn.product import int8
 from hasten.nn.product.activations import quantise_rows
 from hasten.nn.product.bfloat16 import stretch, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, scaled
+from hasten.nn.product.past_caches import finish, goes_past, write_past
 
 __all__ = [
     "FAR_AHEAD",
@@ -53,7 +54,7 @@ _PAIRS = 16
 """Input pairs (bfloat16) or quads (int8) of a tile."""
 TILE = 16 * LINE
 """Bytes of a tile."""
-AHEAD = 12 * TILE
+AHEAD = 8 * TILE
 """Bytes between a weight in use and the one asked for, where one pass over the panel does for all rows."""
 FAR_AHEAD = 32 * TILE
 """The same where weights are passed several times: these are asked for into the second cache."""
@@ -99,20 +100,19 @@ def _configure(builder: Any, narrow: int = LINE) -> None:
 
 
 def _block(
-    builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, between: Any, dot: str,
-    fresh: Any, ask: Callable[[Any, Any, int], None], first: Any,
+    builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: Any,
+    ask: Callable[[Any, Any, int], None], first: Any,
 ) -> None:  # fmt: skip
-    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), whose rows are
-    ``between`` bytes apart, or written there where they are ``fresh``. ``ask(pass, step, quarter)`` asks for weights
-    to come, before each of the four products of a step; passes are counted from ``first``."""
+    """``halves`` times 16 rows, 64 outputs, ``steps`` tiles of inputs, added to ``sums`` (rows, 64), or written there
+    where they are ``fresh``. ``ask(pass, step, quarter)`` asks for weights to come, before each of the four products
+    of a step; passes are counted from ``first``."""
     line = ir.Constant(_WORD, PANEL * 4)
     rows = [builder.add(x, scaled(builder, tall, i)) for i in range(halves)]
-    lines = [builder.add(sums, scaled(builder, between, 16 * i)) for i in range(halves)]
     # Four tiles of sums: 16 rows by 64 outputs in one pass over the panel, or 32 rows by 32 outputs in two.
     columns = 4 // halves
     for side in range(halves):
         places = [
-            (columns * i + j, builder.add(lines[i], ir.Constant(_WORD, (columns * side + j) * LINE)))
+            (columns * i + j, builder.add(sums, ir.Constant(_WORD, (16 * i * PANEL + (columns * side + j) * 16) * 4)))
             for i in range(halves)
             for j in range(columns)
         ]
@@ -123,7 +123,7 @@ def _block(
                     run_assembly(builder, f"tilezero %tmm{tile}")
             with go_on:
                 for tile, where in places:
-                    run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, between)
+                    run_assembly(builder, f"tileloadd ($0,$1,1), %tmm{tile}", where, line)
         with cgutils.for_range(builder, steps) as loop:
             along = scaled(builder, loop.index, TILE)
             panel = builder.add(weights, scaled(builder, loop.index, 4 * TILE))
@@ -142,7 +142,7 @@ def _block(
                     if halves * j + i < 3:
                         ask(number, loop.index, halves * j + i + 1)
         for tile, where in places:
-            run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, between)
+            run_assembly(builder, f"tilestored %tmm{tile}, ($0,$1,1)", where, line)
 
 
 def _scattered(line: int) -> int:
@@ -153,20 +153,20 @@ def _scattered(line: int) -> int:
 def _tiles_of(dot: str) -> Any:
     @intrinsic
     def tiles_of(
-        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, between: Any, fresh: Any, sixteens: Any,
-        following: Any, lines: Any,
+        typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, fresh: Any, sixteens: Any, following: Any,
+        lines: Any,
     ) -> Any:  # fmt: skip
         """16 * ``sixteens`` rows (arranged, ``tall`` bytes for 16 of them) times ``steps`` tiles of a panel's inputs,
         to ``sums``; see :func:`_block`. Meanwhile the weights from ``following`` on are asked for, ``lines`` of them
         after each product of two tiles."""
-        return types.void(*[types.intp] * 10), _generator(dot)
+        return types.void(*[types.intp] * 9), _generator(dot)
 
     return tiles_of
 
 
 def _generator(dot: str) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, tall, weights, steps, sums, between, fresh, sixteens, following, lines = arguments
+        x, tall, weights, steps, sums, fresh, sixteens, following, lines = arguments
         fresh = builder.icmp_signed("!=", fresh, ir.Constant(_WORD, 0))
         zero, one, two, bite = (ir.Constant(_WORD, n) for n in (0, 1, 2, _BITE))
         share = scaled(builder, lines, 4 * LINE)
@@ -187,8 +187,8 @@ def _generator(dot: str) -> Any:
 
             def block(halves: int, number: Any) -> None:
                 at = builder.add(x, builder.mul(number, tall))
-                target = builder.add(sums, builder.mul(number, scaled(builder, between, 16)))
-                _block(builder, halves, at, tall, weights, steps, target, between, dot, first, ask_for, number)
+                target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
+                _block(builder, halves, at, tall, weights, steps, target, dot, first, ask_for, number)
 
             if single:
                 block(1, zero)
@@ -286,12 +286,10 @@ def sixteens_of(rows: int) -> int:
 
 
 @njit(cache=True)
-def _serve_as_sums(out: Any, count: int, outs: int, pairs: int) -> Any:
-    """Whether ``count`` rows of ``outs`` outputs can hold the sums themselves: whole tiles, which are read again and
-    again where there are several, so that then they are to be lines of memory and close to each other."""
-    if out.itemsize != 4 or outs < PANEL or count % 16 != 0 or pairs % _PAIRS != 0:
-        return False
-    return count == 16 or (out.shape[1] == PANEL and out.ctypes.data % LINE == 0)
+def _serves_as_sums(out: Any, count: int, pairs: int) -> Any:
+    """Whether ``count`` rows of ``out`` can hold the sums themselves: whole tiles that are lines of memory."""
+    whole = out.shape[1] == PANEL and out.itemsize == 4 and count % 16 == 0
+    return whole and out.ctypes.data % LINE == 0 and pairs % _PAIRS == 0
 
 
 @njit(cache=True)
@@ -308,14 +306,25 @@ def _sums_for(rows: int) -> Any:
     return room_for(tall * PANEL * 4).view(np.int32).reshape((tall, PANEL))
 
 
+@intrinsic
+def _copy_apart(typing: Any, source: Any, target: Any, count: Any) -> Any:
+    """``count`` pieces of 64 bytes from ``source`` on, to places that are a tile apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, count = arguments
+        with cgutils.for_range(builder, count) as loop:
+            piece = avx.load(builder, builder.add(source, scaled(builder, loop.index, LINE)), 0, avx.INTS, 1)
+            avx.store(builder, piece, builder.add(target, scaled(builder, loop.index, TILE)), 0, LINE)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), generate
+
+
 @njit(cache=True, error_model="numpy")
 def arrange_row(line: Any, tiles: Any, row: int) -> None:
-    """Put row number ``row`` into tiles: line (in,), of which 64 bytes go to each step; tiles (sixteens, steps, 16, 64
-    bytes) of the same type. Inputs that fill no step are left out."""
-    part, own = tiles[row // 16], row % 16
-    width = tiles.shape[3]
-    for step in range(tiles.shape[1]):
-        part[step, own] = line[step * width : (step + 1) * width]
+    """Put row number ``row`` into tiles: line (in,), contiguous, of which 64 bytes go to each step; tiles (sixteens,
+    steps, 16, 64 bytes) of the same type, at a line of memory. Inputs that fill no step are left out."""
+    _copy_apart(line.ctypes.data, tiles[row // 16, 0, row % 16].ctypes.data, tiles.shape[1])
 
 
 @njit(cache=True)
@@ -340,7 +349,8 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
-    sums = _sums_for(rows).view(np.float32)
+    room = _sums_for(rows).view(np.float32)
+    past = goes_past(weights, bias, out)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
     tall = tiles.shape[1] * TILE
     open_tiles()
@@ -349,11 +359,8 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
         count = min(GROUP, rows - start)
         sixteens = sixteens_of(count)
         ahead = AHEAD if sixteens == 1 else FAR_AHEAD
-        low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        in_place = len(bias) == 0 and _serve_as_sums(out, count, high - low, pairs)
-        at, between = sums.ctypes.data, PANEL * 4
-        if in_place:
-            at, between = out.ctypes.data + (start * width + low) * 4, width * 4
+        in_place = len(bias) == 0 and _serves_as_sums(out, count, pairs)
+        sums = out.view(np.float32)[start : start + count] if in_place else room
         longest = pairs if sixteens == 1 else _SPAN
         for pair in range(0, pairs, longest):
             span = min(longest, pairs - pair)
@@ -361,8 +368,8 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
             there = base + (panel * pairs + pair) * PANEL * 4
             if whole > 0:
                 _tiles(
-                    tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole, at, between,
-                    pair == 0, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
+                    tiles.ctypes.data + start // 16 * tall + pair // _PAIRS * TILE, tall, there, whole,
+                    sums.ctypes.data, pair == 0, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
                 )  # fmt: skip
             elif pair == 0:
                 sums[:] = 0
@@ -372,8 +379,12 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
                     x_base + start * x_stride + (pair + done) * 4, x_stride, there + done * PANEL * 4, span - done,
                     sums.ctypes.data, count,
                 )  # fmt: skip
-        if not in_place:
-            write_sums(sums, count, bias, out, start, low, high)
+        if past:
+            write_past(sums, count, out, start, panel * PANEL)
+        elif not in_place:
+            write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
+    if past:
+        finish()
     close_tiles()
 
 
@@ -437,7 +448,7 @@ def byte_panels(
             steps = here // _PAIRS
             _byte_tiles(
                 tiles.ctypes.data + begin // 16 * tall + group * (span // _PAIRS) * TILE, tall, there, steps,
-                totals.ctypes.data, PANEL * 4, 1, sixteens, there + ahead, sooner,
+                totals.ctypes.data, 1, sixteens, there + ahead, sooner,
             )  # fmt: skip
             asked = sooner * 4 * sixteens * steps
             left = max(0, 4 * _PAIRS * steps - asked) if lines > 0 else 0
