@@ -26,6 +26,7 @@ from hasten.language.kernels_tiles import FIELDS, power
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
+from hasten.nn.product.denormals import flush_small, keep_small
 from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, open_narrow_tiles, run_assembly
 
@@ -43,6 +44,8 @@ _INT = ir.IntType(32)
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 _open: Any = open_narrow_tiles
 _close: Any = close_tiles
+_flush: Any = flush_small
+_keep: Any = keep_small
 _pointer: Any = pointer
 _as_float: Any = float_of_bits
 
@@ -300,6 +303,7 @@ def _kernel(lanes: int) -> Any:
         fade = np.empty(16, np.float32)
         offsets, pages = np.empty(PAGES, np.int64), np.empty(PAGES, np.int64)
         following, wanted = np.empty(PAGES, np.int64), np.empty((PAGES, 2), np.int64)
+        before = _flush()
         _open(narrow)
         item = begin
         while item < end:
@@ -359,6 +363,7 @@ def _kernel(lanes: int) -> Any:
                 lines = slice(head * group, (head + 1) * group)
                 _write(sums[lines], mass[head], out[row, head * group * width : (head + 1) * group * width])
         _close()
+        _keep(before)
 
     return attend
 

@@ -26,8 +26,9 @@ from hasten.language.kernels_tiles_plan import begin_of, segment_of
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
+from hasten.nn.product.denormals import flush_small, keep_small
 from hasten.nn.product.dispatch import pointer
-from hasten.nn.product.tiles import close_tiles, open_narrow_tiles, run_assembly
+from hasten.nn.product.tiles import close_tiles, open_narrow_tiles
 
 __all__ = ["FIELDS", "STEP", "code_for", "lanes_for", "merge", "plan_rows"]
 
@@ -45,6 +46,8 @@ _INT = ir.IntType(32)
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 _open: Any = open_narrow_tiles
 _close: Any = close_tiles
+_flush: Any = flush_small
+_keep: Any = keep_small
 _pointer: Any = pointer
 _as_float: Any = float_of_bits
 
@@ -149,45 +152,6 @@ def _add_latents(
         return context.get_dummy_value()
 
     return types.void(width, steps, *[types.intp] * 13), generate
-
-
-_CONTROL = 0x8040
-"""Bits of the control register: results below the normal numbers become 0, and such numbers are read as 0."""
-
-
-@intrinsic
-def _flush_small(typing: Any) -> Any:
-    """From here on numbers below 2**-126 are 0; the control word that stood before.
-
-    Far keys have weights of that size, and each costs the processor a hundred cycles where it is kept.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = cgutils.alloca_once(builder, _INT)  # type: ignore[no-untyped-call]
-        address = builder.ptrtoint(word, _WORD)
-        run_assembly(builder, "stmxcsr ($0)", address)
-        before = builder.load(word, name="control")
-        builder.store(builder.or_(before, ir.Constant(_INT, _CONTROL)), word)
-        run_assembly(builder, "ldmxcsr ($0)", address)
-        return before
-
-    return types.int32(), generate
-
-
-@intrinsic
-def _keep_small(typing: Any, before: Any) -> Any:
-    """The control word is ``before`` again."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = cgutils.alloca_once_value(builder, arguments[0])  # type: ignore[no-untyped-call]
-        run_assembly(builder, "ldmxcsr ($0)", builder.ptrtoint(word, _WORD))
-        return context.get_dummy_value()
-
-    return types.void(types.int32), generate
-
-
-_flush: Any = _flush_small
-_keep: Any = _keep_small
 
 
 @njit(cache=True, error_model="numpy")

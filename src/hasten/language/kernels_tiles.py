@@ -28,6 +28,7 @@ from hasten.language.kernels_tiles_plan import KEYS, begin_of
 from hasten.nn.bfloat import FAST, float_of_bits, store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
+from hasten.nn.product.denormals import flush_small, keep_small
 from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, granted, open_tiles, run_assembly
 
@@ -45,6 +46,8 @@ _as_float: Any = float_of_bits
 _pointer: Any = pointer
 _open: Any = open_tiles
 _close: Any = close_tiles
+_flush: Any = flush_small
+_keep: Any = keep_small
 _join: Any = join_scores
 _pair_codes: Any = pair_codes
 _scales: Any = scales_of
@@ -354,6 +357,7 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
     lanes_of = np.zeros((blocks_most, 16), np.float32)
     products, lows_of = np.empty((KEYS, 16), np.int32), np.empty((KEYS, 16), np.int32)
     key_scales, value_scales = np.empty(KEYS, np.float32), np.empty(KEYS, np.float32)
+    before = _flush()
     _open()
     for item in range(begin, end):
         chunk, first, rows, head, segment, state = (items[item, 0], items[item, 1], items[item, 2], items[item, 3],
@@ -443,6 +447,7 @@ def _attend(job_at: Any, begin: Any, end: Any) -> None:
                 one_state[lane, width] = top[lane]
                 one_state[lane, width + 1] = mass[lane]
     _close()
+    _keep(before)
 
 
 def _merge(job_at: Any, begin: Any, end: Any) -> None:
