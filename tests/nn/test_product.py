@@ -157,8 +157,8 @@ def test_a_large_matrix_writes_past_the_caches_what_a_small_one_writes(rows):
     times = -(-past_caches.LEAST_BYTES // small.nbytes)
     large = np.tile(small, (times, 1, 1, 1))  # the same three panels again and again
     wide = tiles.room_for(rows * times * 192 * 4).view(np.float32).reshape((rows, times * 192))
-    assert past_caches.goes_past(large, NONE, wide)
-    assert not past_caches.goes_past(small, NONE, out)
+    assert past_caches.goes_past(large.nbytes, NONE, wide)
+    assert not past_caches.goes_past(small.nbytes, NONE, out)
     tiles.multiply(words(x), small, NONE, out)
     tiles.multiply(words(x), large, NONE, wide)
     assert np.array_equal(wide.reshape(rows, times, 192), np.repeat(out[:, None], times, 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.compress.packed import LinearKernel, Packed
 from hasten.nn.product import FORMATS, supported, tiles
 
-__all__ = ["codes_product", "panel_kernels", "panel_product", "panels_of_codes", "takes"]
+__all__ = ["codes_product", "panel_kernels", "panel_product", "panels_of_codes", "short_product", "takes"]
 
 _ERRORS = {"bf16": 6e-3, "int8": 2e-2, "int4": 0.13}
 _NONE = np.empty(0, np.float32)
@@ -28,9 +28,9 @@ def _words(x: Tensor) -> Any:
 
 
 def _module(precision: str) -> Any:
-    from hasten.nn.product import bfloat16, int4, int8
+    from hasten.nn.product import bfloat16, int4, int8, twelve_bits_panels
 
-    return {"bf16": bfloat16, "int8": int8, "int4": int4}[precision]
+    return {"bf16": bfloat16, "bf12": twelve_bits_panels, "int8": int8, "int4": int4}[precision]
 
 
 def _pack(weight: Tensor, precision: str) -> tuple[Any, ...]:
@@ -46,6 +46,8 @@ def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, wid
     if precision != "int4" and x.shape[0] >= tiles.FEWEST and tiles.granted():
         if precision == "bf16" and not fixed:
             multiply = tiles.multiply
+        elif precision == "bf12" and not fixed:
+            multiply = _module(precision).multiply_tiles
         elif precision == "int8" and tiles.takes_bytes(arrays[0].shape[1] * 4):
             multiply = tiles.multiply_bytes
     multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
@@ -92,6 +94,19 @@ def panel_product(
     ``fixed``: a row's bits do not depend on the number of rows, which costs speed on processors with matrix tiles.
     """
     return _product(_pack(weight, precision), precision, bias, weight.shape[0], fixed)
+
+
+def short_product(
+    weight: Tensor, bias: Tensor | None, *, fixed: bool = False
+) -> tuple[Callable[[Tensor], Tensor], tuple[Any, Any], int] | None:
+    """:func:`panel_product` of bfloat16 in 12 bits, the same bits from fewer bytes; None where that is not of use: the
+    matrix is small, not of whole blocks, or too many of its weights have no code."""
+    from hasten.nn.product import twelve_bits
+
+    if not (supported("bf16") and twelve_bits.takes(*weight.shape)):
+        return None
+    packed = twelve_bits.pack(_words(weight.detach().to(torch.bfloat16).contiguous()))
+    return None if packed is None else _product((packed,), "bf12", bias, weight.shape[0], fixed)
 
 
 def _product(

@@ -183,6 +183,13 @@ class Executor:
                 return panels[tokens // size, :, tokens % size].flatten(1).view(torch.bfloat16).float()
 
             return from_panels
+        if self.config.tie_embeddings and packed is not None and packed[0].startswith("bf12"):
+            from hasten.nn.product.twelve_bits import rows_of
+
+            width = weight.shape[1]
+            return lambda tokens: (
+                torch.from_numpy(rows_of(packed[1], tokens.numpy(), width)).view(torch.bfloat16).float()
+            )
         own = weight.clone()
         return lambda tokens: own[tokens].float()
 

@@ -2,9 +2,9 @@
 
 A weight (out, in) is read once per step whatever the number of rows, so up to some tens of rows a product costs the
 bytes of its weight. Our own kernels (:mod:`hasten.nn.product`) take one row and a thousand from the same layout, and a
-row's bits do not depend on the others. Where the processor lacks their instructions, and in float32, oneDNN multiplies:
-in deterministic mode always sixteen rows, and bfloat16 at least four, which it reads faster than one (measured on
-AVX-512: 27 GB/s for one row, 37 for four).
+row's bits do not depend on the others; large matrices in bfloat16 take 12 bits a weight there, without loss. Where the
+processor lacks their instructions, and in float32, oneDNN multiplies: in deterministic mode always sixteen rows, and
+bfloat16 at least four, which it reads faster than one (measured on AVX-512: 27 GB/s for one row, 37 for four).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.compress.panels import codes_product, panel_product, takes
+from hasten.compress.panels import codes_product, panel_product, short_product, takes
 from hasten.compress.quantize.base import Quantized
 from hasten.errors import ConfigurationError
 from hasten.nn.product import tiles
@@ -103,8 +103,9 @@ def pack(
         weight = weight.dequantize()
     out_features, in_features = weight.shape
     if weight.device.type == "cpu" and takes(precision, out_features, in_features):
-        product, packed, num_bytes = panel_product(weight, precision, bias, fixed=deterministic)
-        kind = _with_tiles(precision, in_features, deterministic)
+        short = short_product(weight, bias, fixed=deterministic) if precision == "bf16" else None
+        product, packed, num_bytes = short or panel_product(weight, precision, bias, fixed=deterministic)
+        kind = _with_tiles("bf12" if short else precision, in_features, deterministic)
         return PackedLinear(
             product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
         )
@@ -125,7 +126,9 @@ def pack(
 
 def _with_tiles(precision: str, inputs: int, deterministic: bool) -> str:
     """The kernel of the stack for a precision: with matrix tiles where the processor has them and bits may differ."""
-    suits = {"bf16": not deterministic, "int8": tiles.takes_bytes(inputs)}.get(precision, False)
+    suits = {"bf16": not deterministic, "bf12": not deterministic, "int8": tiles.takes_bytes(inputs)}.get(
+        precision, False
+    )
     return f"{precision}-tiles" if suits and tiles.granted() else precision
 
 

@@ -7,6 +7,7 @@ rows and threads, so a row's bits never depend on its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -17,9 +18,9 @@ from numba.extending import intrinsic
 
 from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
-from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, asks, in_blocks, scaled
 
-__all__ = ["multiply", "pack", "panels", "stretch", "unpack", "write_sums"]
+__all__ = ["multiply", "pack", "panels", "rows_times", "stretch", "unpack", "write_sums"]
 
 _SPAN = 512
 """Input pairs of a stretch (128 KiB of weights)."""
@@ -27,16 +28,28 @@ _AHEAD = 192 * LINE
 """Bytes between a weight in use and the one asked for."""
 
 
-def _emit(builder: Any, rows: int, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any) -> None:
-    """sums[row, 0:64] += x[row, pairs] . panel[pairs, 64] for ``rows`` rows."""
+def _emit(
+    builder: Any, rows: int, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any, ask: Callable[[Any], None]
+) -> None:
+    """sums[row, 0:64] += x[row, pairs] . panel[pairs, 64] for ``rows`` rows; ``ask`` of each pair."""
     lines = [builder.add(x, scaled(builder, x_stride, r)) for r in range(rows)]
     places = [(r, t, (r * TILES + t) * LINE) for r in range(rows) for t in range(TILES)]
     totals = [cgutils.alloca_once(builder, avx.FLOATS) for _ in places]
     for total, (_, _, offset) in zip(totals, places, strict=True):
         builder.store(avx.load(builder, sums, offset, avx.FLOATS), total)
-    accumulate(builder, lines, weights, pairs, totals, _AHEAD, avx.dot_bfloat16)
+    accumulate(builder, lines, weights, pairs, totals, ask, avx.dot_bfloat16)
     for total, (_, _, offset) in zip(totals, places, strict=True):
         avx.store(builder, builder.load(total), sums, offset)
+
+
+def rows_times(builder: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: Any, count: Any, ask: Any) -> None:
+    """Code for ``count`` rows at address ``x`` times one stretch of a panel, added to ``sums`` (count, 64) float32."""
+
+    def emit(rows: int, row: Any) -> None:
+        here = builder.add(x, builder.mul(row, x_stride))
+        _emit(builder, rows, here, x_stride, weights, pairs, builder.add(sums, scaled(builder, row, PANEL * 4)), ask)
+
+    in_blocks(builder, count, emit)
 
 
 @intrinsic
@@ -44,13 +57,7 @@ def stretch(typing: Any, x: Any, x_stride: Any, weights: Any, pairs: Any, sums: 
     """``count`` rows at address ``x`` times one stretch of a panel, added to ``sums`` (count, 64) float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_stride, weights, pairs, sums, count = arguments
-
-        def emit(rows: int, row: Any) -> None:
-            here = builder.add(x, builder.mul(row, x_stride))
-            _emit(builder, rows, here, x_stride, weights, pairs, builder.add(sums, scaled(builder, row, PANEL * 4)))
-
-        in_blocks(builder, count, emit)
+        rows_times(builder, *arguments, asks(builder, arguments[2], _AHEAD))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), generate

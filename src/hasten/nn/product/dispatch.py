@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
 from hasten.nn.gating import gated
-from hasten.nn.product import bfloat16, int4, int8, tiles
+from hasten.nn.product import bfloat16, int4, int8, tiles, twelve_bits_panels
 from hasten.nn.product.activations import quantise_row
 from hasten.nn.product.blocks import GROUP, PANEL
 
@@ -43,7 +43,7 @@ __all__ = [
 BF16, INT8, INT4 = 0, 1, 2
 FIELDS = 8
 """Numbers that describe a matrix: precision, outputs, inputs, addresses of weights, scales, bias and code, and whether
-many rows go through matrix tiles."""
+many rows go through matrix tiles. bfloat16 in 12 bits has no scales: their place holds the bytes of a panel."""
 
 
 @intrinsic
@@ -64,9 +64,11 @@ def array_at(address: Any, count: Any) -> Any:
 
 def describe(precision: str, packed: Any, bias: Any, out_features: int, in_features: int) -> Any:
     """The numbers of a matrix: (FIELDS,) int64. The arrays must outlive them."""
-    kind = {"bf16": BF16, "bf16-tiles": BF16, "int8": INT8, "int8-tiles": INT8, "int4": INT4}[precision]
+    kind = {"bf16": BF16, "bf12": BF16, "int8": INT8, "int4": INT4}[precision.removesuffix("-tiles")]
     weights, scales = packed if kind == INT8 else (packed, None)
     at = [0 if a is None else a.ctypes.data for a in (weights, scales, bias)]
+    if precision.startswith("bf12"):
+        at[1] = packed.shape[1]
     tiled = precision.endswith("-tiles")
     return np.array([kind, out_features, in_features, *at, _leaf(precision).address, tiled], np.int64)
 
@@ -165,6 +167,30 @@ def _bf16_tiles_leaf(
         bfloat16.panels(x, panels, array_at(bias, outs), target, first, last)
 
 
+def _bf12_leaf(
+    outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
+    twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last)
+
+
+def _bf12_tiles_leaf(
+    outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
+    if rows >= tiles.FEWEST:
+        lines = _word_tiles(where[4], rows, ins)
+        twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last)
+    else:
+        twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last)
+
+
 def _int8_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
@@ -214,13 +240,15 @@ def _int4_leaf(
     int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
 
 
-@lru_cache(maxsize=5)
+@lru_cache(maxsize=7)
 def _leaf(precision: str) -> Any:
     """The compiled part of one precision. It is called through its address: code that contains a call of it is then
     compiled without it, and a precision that nobody uses is not compiled at all."""
     leaves = {
         "bf16": _bf16_leaf,
         "bf16-tiles": _bf16_tiles_leaf,
+        "bf12": _bf12_leaf,
+        "bf12-tiles": _bf12_tiles_leaf,
         "int8": _int8_leaf,
         "int8-tiles": _int8_tiles_leaf,
         "int4": _int4_leaf,
@@ -246,7 +274,7 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
 def _panel_bytes(matrix: Any) -> Any:
     """Bytes of 64 outputs."""
     if matrix[0] == BF16:
-        return matrix[2] * PANEL * 2
+        return matrix[4] if matrix[4] != 0 else matrix[2] * PANEL * 2
     if matrix[0] == INT8:
         return width_of(matrix) * PANEL
     return width_of(matrix) // int4.INPUTS * int4.BYTES
@@ -308,7 +336,7 @@ def gated_part(matrix: Any, inputs: Any, gelu: bool, out: Any, first: Any, last:
         item += end - begin
         for side in range(2):
             here = panel + side * half
-            scale = matrix[4] + here * PANEL * 4 if matrix[4] != 0 else 0
+            scale = matrix[4] + here * PANEL * 4 if matrix[0] == INT8 else matrix[4]
             _call(
                 matrix[6],
                 (PANEL, matrix[2], matrix[3] + here * size, scale, 0, inputs.ctypes.data, rows, pair[side].ctypes.data,

@@ -118,9 +118,10 @@ def broadcast(builder: Any, address: Any, offset: int | Any) -> Any:
 def prefetch(builder: Any, address: Any, offset: int | Any, level: int = 0) -> None:
     """Ask for the line of memory at ``address + offset``; it may lie beyond the end. ``level`` 1: into the second cache
     and not the first."""
-    where = pointer(builder, address, offset, ir.IntType(8))
-    function = ir.FunctionType(ir.VoidType(), [where.type])
-    builder.call(ir.InlineAsm(function, f"prefetcht{level} ($0)", "r", side_effect=True), [where])
+    if not isinstance(offset, int):
+        address, offset = builder.add(address, offset), 0
+    function = ir.FunctionType(ir.VoidType(), [_ADDRESS])
+    builder.call(ir.InlineAsm(function, f"prefetcht{level} {offset}($0)", "r", side_effect=True), [address])
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:

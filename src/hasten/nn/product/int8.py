@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from hasten.nn.bfloat import store
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.activations import quantise_rows
-from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, in_blocks, scaled
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, accumulate, aligned, asks, in_blocks, scaled
 
 __all__ = ["INPUTS", "ZERO", "multiply", "pack", "panels", "stretch", "unpack", "write_scaled"]
 
@@ -44,7 +44,7 @@ def _emit(
         start = avx.broadcast(builder, starts, sides[r])
         for t in range(TILES):
             builder.store(start, totals[r * TILES + t])
-    accumulate(builder, lines, weights, quads, totals, _AHEAD, avx.dot_bytes)
+    accumulate(builder, lines, weights, quads, totals, asks(builder, weights, _AHEAD), avx.dot_bytes)
     avx.add_scaled(builder, rows, TILES, totals, scales, sides, sums)
 
 

@@ -24,9 +24,10 @@ LEAST_BYTES = 2 << 20
 
 
 @njit(cache=True)
-def goes_past(weights: Any, bias: Any, out: Any) -> Any:
-    """Whether ``out`` (rows, out) of a product is written so: it is float32 in whole lines of memory."""
-    large = weights.size * weights.itemsize >= LEAST_BYTES and out.shape[1] > PANEL
+def goes_past(size: int, bias: Any, out: Any) -> Any:
+    """Whether ``out`` (rows, out) of a product with ``size`` bytes of weights is written so: it is float32 in whole
+    lines of memory."""
+    large = size >= LEAST_BYTES and out.shape[1] > PANEL
     whole = out.itemsize == 4 and out.shape[1] % PANEL == 0 and out.ctypes.data % LINE == 0
     return large and whole and len(bias) == 0
 

@@ -350,7 +350,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
     room = _sums_for(rows).view(np.float32)
-    past = goes_past(weights, bias, out)
+    past = goes_past(weights.size * weights.itemsize, bias, out)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
     tall = tiles.shape[1] * TILE
     open_tiles()
