@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hasten.errors import InvalidRequestError
 from hasten.language import kernels_cpu, kernels_torch
 from hasten.language.ragged import RaggedBatch
 
@@ -141,3 +142,13 @@ def test_attention_over_pages_of_sixteen(lengths, heads, width, window, seed):
     for ops, k, v in ((kernels_torch, keys.nan_to_num(), values.nan_to_num()), (kernels_cpu, keys, values)):
         results.append(ops.attend(query, ops.prepare(batch), ops.constant(k), ops.constant(v), 0.2, window, None))
     torch.testing.assert_close(results[1].float(), results[0].float(), atol=2e-2, rtol=2e-2)
+
+
+def test_an_embedding_is_looked_up_and_a_token_outside_it_named():
+    weight = torch.randn(7, 24).bfloat16()
+    tokens = torch.tensor([3, 0, 6, 3])
+    assert torch.equal(kernels_cpu.look_up(weight, tokens), weight[tokens].float())
+    with pytest.raises(InvalidRequestError, match="token 7; token ids of this model are 0 to 6"):
+        kernels_cpu.look_up(weight, torch.tensor([1, 7]))
+    with pytest.raises(InvalidRequestError, match="token -1"):
+        kernels_cpu.look_up(weight, torch.tensor([-1]))

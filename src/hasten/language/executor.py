@@ -191,6 +191,10 @@ class Executor:
                 torch.from_numpy(rows_of(packed[1], tokens.numpy(), width)).view(torch.bfloat16).float()
             )
         own = weight.clone()
+        if own.device.type == "cpu" and own.dtype is torch.bfloat16:
+            from hasten.language.kernels_cpu import look_up
+
+            return lambda tokens: look_up(own, tokens)
         return lambda tokens: own[tokens].float()
 
     def _norm(self, read: Read, name: str, width: int | None = None) -> Any:

@@ -15,6 +15,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from hasten.errors import InvalidRequestError
 from hasten.language.kernels_codes import held, put_key, put_value, row_scale, widen_page, width_of
 from hasten.language.kernels_paged import PAGE, attend_page, paged_kernel_takes
 from hasten.language.ragged import RaggedBatch
@@ -34,6 +35,7 @@ __all__ = [
     "copy_slots",
     "gate",
     "gate_row",
+    "look_up",
     "no_copies",
     "norm",
     "place",
@@ -109,6 +111,32 @@ def prepare(batch: RaggedBatch) -> Step:
 def constant(x: Tensor) -> Any:
     """The form of a weight or table that the kernels take."""
     return _array(x)
+
+
+@njit(cache=True, error_model="numpy")
+def _look_up(words: Any, tokens: Any, out: Any) -> Any:
+    """The first row without such a token, -1 if all have one."""
+    for row in range(len(tokens)):
+        if not 0 <= tokens[row] < len(words):
+            return row
+        line, target = words[tokens[row]], out[row]
+        for i in range(len(line)):
+            target[i] = load(line[i])
+    return -1
+
+
+def look_up(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Rows ``tokens`` (n,) int64 of an embedding (vocabulary, hidden) bfloat16, as float32: in one pass, where torch
+    takes two and their calls.
+
+    Raises :class:`~hasten.errors.InvalidRequestError` for a token outside the vocabulary.
+    """
+    out, target = _empty((len(tokens), weight.shape[1]), torch.float32)
+    wrong = _look_up(_array(weight), tokens.numpy(), target)
+    if wrong >= 0:
+        token = int(tokens[wrong])
+        raise InvalidRequestError(f"the batch has token {token}; token ids of this model are 0 to {len(weight) - 1}")
+    return out
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
