@@ -105,9 +105,31 @@ def test_latent_attention(text, tmp_path):
         assert said in str(done.exception)
 
 
+def test_narrower_layers(text, tmp_path):
+    """A fifth of the layers' parameters goes, the folder is smaller and answers."""
+    out = tmp_path / "narrow"
+    cut = ("--technique", "modular", "--ratio", 0.3, "--data", text, "--sequences", 8, "--length", 128)
+    done = run("pycode-draft-0.7m", *cut, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout[done.stdout.index("{") :])
+    assert told["removed_of_layers"] == pytest.approx(0.3, abs=0.03)
+    assert 1 < told["perplexity_before"] < told["perplexity_after"]
+    before, after = (load(m, dtype="fp32").decoder for m in ("pycode-draft-0.7m", out))
+    gone = 1 - sum(p.numel() for p in after.parameters()) / sum(p.numel() for p in before.parameters())
+    assert gone == pytest.approx(told["removed_of_model"], abs=0.001)
+    assert load(out).generate("import os", max_tokens=4).text
+    done = run(out, *cut, "--out", tmp_path / "again")
+    assert isinstance(done.exception, ConfigurationError)
+    assert "different sizes already" in str(done.exception)
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--technique", "modular"], "give --data FILE"),
+        (["--technique", "mla", "--ratio", "0.3"], "modular"),
+        (["--technique", "modular", "--ratio", "1.5", "--data", "text.txt"], "ratio is 1.5"),
         (["--technique", "mla", "--kv-rank", "16"], "give --data FILE"),
         (["--technique", "pruning"], "--technique is pruning"),
         (["--scheme", "W4A16", "--rope-dims", "16"], "add it"),

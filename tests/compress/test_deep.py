@@ -93,3 +93,21 @@ def test_bad_knobs_are_named() -> None:
             DeepCompression(**wrong)
     with pytest.raises(ConfigurationError, match="needs data"):
         DeepCompression()(model, [], loss=loss)
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_dropout_acts_where_asked_and_comes_back(acts: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 8)).eval()
+    seen = []
+
+    def loss(student: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        hidden = student[:3](batch)  # type: ignore[index]
+        seen.append(float((hidden == 0).float().mean()))
+        return student[3](hidden).square().mean()  # type: ignore[index, no-any-return]
+
+    tiny = DeepCompression(epochs=2, dropout=acts)(model, [torch.randn(64, 32)], loss=loss)
+    assert (min(seen) > 0.65) is acts  # half are below zero anyway
+    assert (max(seen) < 0.65) is not acts
+    assert tiny[2].p == model[2].p == 0.5
+    assert not tiny[2].training

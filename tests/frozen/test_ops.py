@@ -73,3 +73,18 @@ def test_parts_and_masks() -> None:
     assert OPERATIONS["to"](table, "int64").dtype == np.int64
     norm = OPERATIONS["batch_norm"](X.numpy(), None, None, np.zeros(4), np.ones(4), False, 0.1, 1e-5)
     assert np.allclose(norm, X.numpy() / np.sqrt(1 + 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0, 1000.0])
+def test_attention_is_safe_for_small_and_large_scores(size: float) -> None:
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    q = q * size
+    added = torch.randn(5, 5, generator=torch.Generator().manual_seed(3)) * size
+    attention = OPERATIONS["scaled_dot_product_attention"]
+    # Views in another order of axes, as an exported model hands them over.
+    turned = [t.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3).numpy() for t in (q, k, v)]
+    assert np.allclose(attention(*turned), functional.scaled_dot_product_attention(q, k, v).numpy(), atol=1e-5)
+    for mask in (added, added > 0):
+        mask.fill_diagonal_(1)
+        wanted = functional.scaled_dot_product_attention(q, k, v, mask).numpy()
+        assert np.allclose(attention(*turned, mask.numpy()), wanted, atol=1e-5)

@@ -43,7 +43,7 @@ def written(source, technique, tmp_path, calibration=None):
     return small, load(tmp_path / "small", dtype="auto"), settings
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "NF4", "W3A16", "MXFP4A16"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A16", "W4A16", "FP8_DYNAMIC", "NF4", "W3A16", "MXFP4A16"])
 def test_every_scheme_comes_back(scheme, source, tmp_path):
     small, again, settings = written(source, Quantize.scheme(scheme, skip=("lm_head",), real="never"), tmp_path)
     ours = scheme in ("NF4", "W3A16", "MXFP4A16")
@@ -137,6 +137,45 @@ def test_transformers_reads_it(scheme, source, tmp_path):
         sure = [*clear.tolist(), False].index(False)
         assert greedy(lm.executor, prompt, sure) == whole[7 : 7 + sure]
         assert sure >= 4 or dtype == "auto"
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8"])
+def test_transformers_reads_fp8_with_its_inputs(scheme, source, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("loguru")
+    technique = Quantize.scheme(scheme, skip=("lm_head",), real="never")
+    small, again, settings = written(source, technique, tmp_path, [IDS])
+    inputs = settings["config_groups"]["group_0"]["input_activations"]
+    assert settings["format"] == "float-quantized"
+    assert (inputs["strategy"], inputs["dynamic"]) == (("tensor", False) if scheme == "FP8" else ("token", True))
+    tensors = load_file(again.folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    assert tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn
+    assert (f"{name}.input_scale" in tensors) is (scheme == "FP8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(again.folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs, mine = model(IDS).logits, small(IDS)
+        exact = source[1](IDS)
+    # Their inputs are rounded too, or are left where the library decompresses for good: no further away than that.
+    assert float((theirs - mine).norm() / mine.norm()) < 1.1 * float((mine - exact).norm() / exact.norm())
+    read = dict(model.named_modules())[name].weight
+    assert torch.allclose(read.float(), small.get_submodule(name).quantized().dequantize(), rtol=1e-6, atol=0)
+
+
+def test_damaged_fp8_is_one_line(source, tmp_path):
+    _, again, _ = written(source, Quantize.scheme("FP8_DYNAMIC", skip=("lm_head",), real="never"), tmp_path)
+    tensors = load_file(again.folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoilt = tensors[name].view(torch.uint8).clone()
+    spoilt[3, 4] = 0x7F
+    for change, match in (
+        ({name: spoilt.view(torch.float8_e4m3fn)}, "not finite"),
+        ({f"{name}_scale": torch.ones(7, 1)}, "7 scales for 96 outputs"),
+    ):
+        save_file(tensors | change, again.folder / "model.safetensors")
+        with pytest.raises(ModelLoadError, match=match):
+            _ = load(again.folder).executor
 
 
 def test_damage_and_mistakes_are_one_line(source, tmp_path):

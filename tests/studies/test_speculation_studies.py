@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from hasten.compress import ToMLA
-from hasten.language import Decoder, DecoderConfig
+from hasten.language import Decoder, DecoderConfig, random_model
 from hasten.language.decoder import rotary_tables
+from hasten.language.speculate import TriForce
 from hasten.nn import rotate
-from hasten.studies import _grouped, _recall
+from hasten.studies import _grouped, _recall, triforce
+from hasten.studies.study import Scale
 from hasten.testing.study_kit import StudyKit
 
 torch.set_num_threads(1)
@@ -140,3 +142,21 @@ class TestSmartSpec(StudyKit):
 @pytest.mark.slow
 class TestCacheGen(StudyKit):
     name = "cachegen"
+
+
+def test_recall_goes_through_the_engine_and_times_are_taken_in_turns():
+    config = DecoderConfig(
+        vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
+        max_position_embeddings=1300,
+    )  # fmt: skip
+    model = random_model(config, name="small", dtype="fp32")
+    rng = np.random.default_rng(0)
+    asked = [_recall.Question(tuple(rng.integers(0, 50, 1100).tolist()), (1, 2, 3, 4, 5, 6)) for _ in range(2)]
+    acceptance, same = triforce._served(model, asked, 1200)
+    assert 0 < acceptance.value <= 1
+    assert same.holds
+    plan = TriForce(None, budget=512, gamma=4)
+    (plain, ours), times = triforce._in_turns(model, list(asked[0].prompt), plan, Scale(), max_tokens=8)
+    assert plain.tokens == ours.tokens
+    assert ours.draft_calls > 0 == plain.draft_calls
+    assert min(times) > 0

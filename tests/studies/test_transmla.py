@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from hasten.compress import ToMLA
-from hasten.language import Decoder, DecoderConfig
+from hasten.language import Decoder, DecoderConfig, random_model
 from hasten.studies import _grouped, transmla
+from hasten.studies.study import Scale
 
 torch.set_num_threads(1)
 
@@ -53,3 +54,18 @@ def test_a_short_training_brings_a_smaller_cache_back_and_goes_on_where_it_was_c
     again = trained(tmp_path / "a")  # the training is over: its weights are there
     assert again[1] == first[1]
     assert len(told) == 24
+
+
+def test_every_context_has_checks_of_its_own_name():
+    model = random_model(
+        DecoderConfig(
+            vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
+            max_position_embeddings=256,
+        ),
+        name="small",
+        dtype="fp32",
+    )  # fmt: skip
+    pair = {"grouped": model, "latent": model}
+    checks = [c for n in (16, 32) for c in transmla._step_times(pair, list(range(n)), Scale(quick=True))]
+    assert len(checks) == 4
+    assert len({c.name for c in checks}) == 4

@@ -37,7 +37,12 @@ def compress(
     tokens: Annotated[int, typer.Option("--tokens", help="With --keep: rows that a layer sees in a step.")] = 1,
     technique: Annotated[
         str | None,
-        typer.Option("--technique", help="mla: latent attention; exact, or a smaller cache with the next two."),
+        typer.Option(
+            "--technique", help="mla: latent attention, exact or a smaller cache; modular: narrower layers (MoDeGPT)."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="With modular: share of the layers' parameters to remove; 0.2.")
     ] = None,
     kv_rank: Annotated[
         float | None, typer.Option("--kv-rank", help="With mla: numbers of the latent, or a share below 1.")
@@ -51,6 +56,7 @@ def compress(
 
     --scheme W4A16 for one format, --keep 0.99 for a width for each layer: transformers reads these too.
     --technique mla for latent attention: the same tokens, and with --kv-rank and --rope-dims a smaller cache.
+    --technique modular for narrower heads and feed-forwards: --ratio of their parameters goes, fitted to --data.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -66,9 +72,15 @@ def compress(
         raise ConfigurationError(
             "say what to make, one thing: --scheme W4A16, or --keep 0.99 for a width for each layer, or --technique mla"
         )
-    if technique not in (None, "mla"):
-        raise ConfigurationError(f"--technique is {technique}; here it may be mla, others: hasten tune MODULE --also")
-    if technique is None and (kv_rank is not None or rope_dims is not None):
+    if technique not in (None, "mla", "modular"):
+        raise ConfigurationError(
+            f"--technique is {technique}; here it may be mla or modular, others: hasten tune MODULE --also"
+        )
+    if technique != "modular" and ratio is not None:
+        raise ConfigurationError("--ratio is the share that --technique modular removes; add it")
+    if technique == "modular" and data is None:
+        raise ConfigurationError("--technique modular is fitted to text and measured on it; give --data FILE")
+    if technique != "mla" and (kv_rank is not None or rope_dims is not None):
         raise ConfigurationError("--kv-rank and --rope-dims size the cache of --technique mla; add it")
     if keep is not None and data is None:
         raise ConfigurationError("--keep measures the quality on text; give --data FILE")
@@ -78,6 +90,10 @@ def compress(
     if loaded.folder is None:
         raise ConfigurationError(f"{model} has random weights and no folder; give a model folder")
     patterns = tuple(skip) if skip else ("lm_head",)
+    if technique == "modular":
+        assert data is not None
+        _narrower(console, loaded, out, data, (sequences, length), 0.2 if ratio is None else ratio, json)
+        return
     if technique is not None:
         _smaller_cache(console, loaded, out, data, (sequences, length), kv_rank, rope_dims, json)
         return
@@ -103,7 +119,7 @@ def compress(
         return
     _show(console, result, before, after)
     if settings["quant_method"] == "hasten":
-        console.print("this format is read by hasten alone; transformers reads symmetric 4 and 8 bits")
+        console.print("this format is read by hasten alone; transformers reads symmetric 4 and 8 bits and FP8")
     console.print(f"[bold]{escape(_verdict(result, before, after))}[/]")
     console.print(f"serve it: hasten serve {out}")
 
@@ -121,7 +137,8 @@ def _smaller_cache(
     from hasten.language.compressing_cache import smaller_cache
 
     whole = kv_rank is None or kv_rank < 1
-    made = ToMLA(kv_rank=kv_rank if whole else int(kv_rank or 0), rope_dims=rope_dims)
+    fold: int | str = 1 if kv_rank is None and rope_dims is None else "auto"
+    made = ToMLA(kv_rank=kv_rank if whole else int(kv_rank or 0), rope_dims=rope_dims, freqfold=fold)
     with stages(console) as told:
         told("reading the text", 0.05)
         sample = None if data is None else TextSample.of(loaded, read_texts(data), most=cut[0], length=cut[1])
@@ -147,6 +164,40 @@ def _smaller_cache(
     text += "; the same function" if made.level == 0 else ""
     if result.perplexity is not None:
         text += f"; perplexity {result.perplexity[0]:.3f} -> {result.perplexity[1]:.3f} on held-out text"
+    console.print(f"[bold]{escape(text)}[/]")
+    console.print(f"serve it: hasten serve {out}")
+
+
+def _narrower(
+    console: Any, loaded: Any, out: Path, data: Path, cut: tuple[int, int], ratio: float, as_json: bool
+) -> None:
+    """Narrower layers as a folder; ``cut``: pieces of the text and their tokens."""
+    from rich.markup import escape
+
+    from hasten.cli.progress import stages
+    from hasten.compress import ModularDecomposition
+    from hasten.language.compressing import TextSample, read_texts
+    from hasten.language.compressing_width import narrower
+
+    made = ModularDecomposition(ratio)
+    with stages(console) as told:
+        sample = TextSample.of(loaded, read_texts(data), most=cut[0], length=cut[1])
+        result = narrower(loaded, made, sample, told)
+        told("writing", 0.97)
+        result.write(loaded.folder, out)
+    old, new = result.perplexity or (0.0, 0.0)
+    if as_json:
+        import json as encoder
+
+        content = {
+            "folder": str(out), "removed_of_layers": result.removed[0], "removed_of_model": result.removed[1],
+            "perplexity_before": old, "perplexity_after": new, "kept": result.kept, "notes": list(result.report.notes),
+        }  # fmt: skip
+        print(encoder.dumps(content, ensure_ascii=False))
+        return
+    for note in result.report.notes[:5]:
+        console.print(note, style="dim", markup=False)
+    text = f"perplexity {old:.3f} -> {new:.3f} on held-out text ({result.kept:.2%} kept)"
     console.print(f"[bold]{escape(text)}[/]")
     console.print(f"serve it: hasten serve {out}")
 

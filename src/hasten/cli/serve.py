@@ -34,7 +34,10 @@ def serve(
         bool, typer.Option("--deterministic", help="Answers do not depend on what else is in the batch.")
     ] = False,
     speculate: Annotated[
-        str, typer.Option(help="Guess tokens ahead: auto, off, draft, ngram, tree[:16], triforce[:1024]. Same answers.")
+        str,
+        typer.Option(
+            help="Guess tokens ahead: auto, off, draft, ngram, tree[:16], triforce[-means][:1024]. Same answers."
+        ),
     ] = "auto",
     draft: Annotated[str | None, typer.Option(help="Small model that guesses; its vocabulary is the model's.")] = None,
     kv_store: Annotated[Path | None, typer.Option(help="Folder that keeps prefixes across restarts.")] = None,

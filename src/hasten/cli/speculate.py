@@ -13,7 +13,7 @@ __all__ = ["bench_attention", "bench_speculate"]
 def bench_speculate(
     model: Annotated[str, typer.Argument(help="Folder of a model, or the name of an embedded one.")] = "pycode-4m",
     draft: Annotated[str | None, typer.Option(help="Its draft; the embedded model has one of its own.")] = None,
-    speculate: Annotated[str, typer.Option(help="auto, draft, ngram, tree[:12] or triforce[:1024].")] = "auto",
+    speculate: Annotated[str, typer.Option(help="auto, draft, ngram, tree[:12], triforce[-means][:1024].")] = "auto",
     batch: Annotated[str, typer.Option(help="Sequences that decode together, such as 1,4,16.")] = "1,2,4,8,16,32",
     length: Annotated[
         int | None, typer.Option(help="The same number of guesses always; by goodput if left out.")

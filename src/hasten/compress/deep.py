@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hasten.compress.cluster import cluster_in_place
 from hasten.compress.container import module_bytes, stored_form
-from hasten.compress.finetune import Loss, batches_of, match_outputs, weights_of
+from hasten.compress.finetune import Loss, batches_of, dropout, match_outputs, weights_of
 from hasten.compress.precision import _loss as output_loss
 from hasten.compress.prune import prune_in_place, sparsity_of
 from hasten.compress.quantize.base import Quantized, significant
@@ -61,6 +61,8 @@ class DeepCompression:
     """of biases and norms: 8 with one scale each, 16 for half precision, 32 as they are"""
     rate: float = 1e-3
     """peak learning rate of the fine-tuning"""
+    dropout: bool = False
+    """whether the model's dropout acts while it is fine-tuned; without it the float model is followed more closely"""
     layers: tuple[str, ...] = ("*",)
     """patterns of parameter paths that are compressed"""
     skip: tuple[str, ...] = ()
@@ -103,23 +105,24 @@ class DeepCompression:
         if self.epochs:
             batches_of(calibration, "fine-tuning")
         told = progress or (lambda stage, share: None)
-        if self.sparsity:
-            prune_in_place(
-                clone, list(weights), self.sparsity, given=calibration, loss=whole, epochs=self.epochs, rate=self.rate,
-                every=20, phase=0.6, seed=self.seed, progress=lambda _, x: told("pruning", x / 2),
-            )  # fmt: skip
-            sizes["pruned"] = self._bytes(clone)
-        if self.clusters:
-            zeros = {
-                p: self.preserve_sparsity and bool((w == 0).any())
-                for p, w in weights_of(clone, self.layers, self.skip).items()
-                if w.numel() > self.clusters
-            }
-            cluster_in_place(
-                clone, zeros, self.clusters, given=calibration, loss=whole, epochs=self.epochs, rate=self.rate,
-                seed=self.seed + 1, progress=lambda _, x: told("clustering", 0.5 + x / 2),
-            )  # fmt: skip
-            sizes["clustered"] = self._bytes(clone)
+        with dropout(clone, self.dropout):
+            if self.sparsity:
+                prune_in_place(
+                    clone, list(weights), self.sparsity, given=calibration, loss=whole, epochs=self.epochs,
+                    rate=self.rate, every=20, phase=0.6, seed=self.seed, progress=lambda _, x: told("pruning", x / 2),
+                )  # fmt: skip
+                sizes["pruned"] = self._bytes(clone)
+            if self.clusters:
+                zeros = {
+                    p: self.preserve_sparsity and bool((w == 0).any())
+                    for p, w in weights_of(clone, self.layers, self.skip).items()
+                    if w.numel() > self.clusters
+                }
+                cluster_in_place(
+                    clone, zeros, self.clusters, given=calibration, loss=whole, epochs=self.epochs, rate=self.rate,
+                    seed=self.seed + 1, progress=lambda _, x: told("clustering", 0.5 + x / 2),
+                )  # fmt: skip
+                sizes["clustered"] = self._bytes(clone)
         self._round(clone)
         sizes["rounded"] = self._bytes(clone)
         sizes["encoded"] = self._bytes(clone, self.encode)

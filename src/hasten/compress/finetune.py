@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +15,7 @@ from hasten.compress.given import run_example
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import call
 
-__all__ = ["Loss", "batches_of", "match_outputs", "weights_of"]
+__all__ = ["Loss", "batches_of", "dropout", "match_outputs", "weights_of"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -35,6 +36,20 @@ def match_outputs(model: nn.Module) -> Loss:
         return distance / wanted.square().mean().clamp(min=1e-12)
 
     return loss
+
+
+@contextmanager
+def dropout(model: nn.Module, acts: bool) -> Iterator[None]:
+    """Inside, the model's dropout layers leave nothing out unless ``acts``; afterwards they are as they were."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    shares = [m.p for m in layers]
+    try:
+        for layer in layers:
+            layer.p = layer.p if acts else 0.0
+        yield
+    finally:
+        for layer, share in zip(layers, shares, strict=True):
+            layer.p = share
 
 
 def _first(result: Any) -> Tensor:

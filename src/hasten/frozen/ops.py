@@ -147,13 +147,15 @@ def _batch_norm(
 def _layer_norm(
     x: Array, shape: Any, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5, *_: Any
 ) -> Array:
-    axes = tuple(range(-len(shape), 0))
-    mean = x.mean(axes, keepdims=True)
-    centred = x - mean
-    result: Array = centred / np.sqrt((centred * centred).mean(axes, keepdims=True) + np.float32(eps))
+    axes, count = tuple(range(-len(shape), 0)), np.float32(math.prod(shape))
+    centred = x - np.add.reduce(x, axes, keepdims=True) / count
+    spread = np.add.reduce(centred * centred, axes, keepdims=True) / count
+    result: Array = centred / np.sqrt(spread + np.float32(eps))
     if weight is not None:
-        result = result * weight
-    return result if bias is None else result + bias
+        result *= weight
+    if bias is not None:
+        result += bias
+    return result
 
 
 @_op("softmax")
@@ -176,16 +178,35 @@ def _attention(
     scale: float | None = None, **_: Any,
 ) -> Array:  # fmt: skip
     factor = np.float32(scale if scale is not None else q.shape[-1] ** -0.5)
-    scores = np.matmul(q * factor, np.swapaxes(k, -1, -2))
+    # Heads come as views, and products of arrays that do not lie in order leave BLAS. Scores lie keys by queries: the
+    # largest over the keys is then taken of whole rows at a time.
+    queries, k = np.ascontiguousarray(np.swapaxes(q * factor, -1, -2)), np.ascontiguousarray(k)
+    scores = np.matmul(k, queries)
     if causal:
         mask = np.tri(q.shape[-2], k.shape[-2], dtype=bool)
     if mask is not None:
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    scores -= scores.max(-1, keepdims=True)
+        turned = np.swapaxes(mask, -1, -2)
+        scores = np.where(turned, scores, -np.inf) if mask.dtype == bool else scores + turned
+    if (mask is not None and mask.dtype != bool) or not _largest(q) * _largest(k) * factor < _SAFE:
+        scores -= scores.max(-2, keepdims=True)
+        if mask is None:  # what is nothing beside the largest costs a hundred times as much as a denormal number
+            np.maximum(scores, -_SAFE, out=scores)
     np.exp(scores, out=scores)
-    result: Array = np.matmul(scores, v)
-    result /= np.matmul(scores, np.ones((scores.shape[-1], 1), scores.dtype))  # of few numbers, not of all scores
+    # A row of ones below the values: the sums of all exponentials come with the product.
+    wide = np.empty((*v.shape[:-2], v.shape[-1] + 1, v.shape[-2]), v.dtype)
+    wide[..., :-1, :], wide[..., -1, :] = np.swapaxes(v, -1, -2), 1
+    mixed = np.matmul(wide, scores)
+    result: Array = np.swapaxes(mixed[..., :-1, :] / mixed[..., -1:, :], -1, -2)
     return result
+
+
+_SAFE = 60.0
+"""Scores up to this need no largest one taken off: their exponentials and sums stay inside what float32 holds."""
+
+
+def _largest(rows: Array) -> float:
+    """The largest Euclidean norm of a row; a product of two bounds every score."""
+    return math.sqrt(float(np.einsum("...i,...i->...", rows, rows).max())) if rows.size else 0.0
 
 
 def _unary(name: str, function: Callable[[Array], Any]) -> None:

@@ -1,9 +1,10 @@
 """Language models whose matrices are stored as codes: folders that transformers and vLLM read, and ours for the rest.
 
-Symmetric integers of 4 and 8 bits are written as ``compressed-tensors`` (``quantization_config`` in config.json; codes
-packed into int32 words, or int8), the format of llm-compressor. Formats that it lacks (codebooks, minifloats, other
-widths) are written as :func:`hasten.compress.quantize.save` writes them, for hasten alone. Reading gives codes and
-scales: the runtime lays them out for its kernels without rounding again, the plain decoder gets what they stand for.
+Symmetric integers of 4 and 8 bits and FP8 (E4M3) are written as ``compressed-tensors`` (``quantization_config`` in
+config.json; codes packed into int32 words, int8 or float8), the format of llm-compressor. Formats that it lacks
+(codebooks, other widths) are written as :func:`hasten.compress.quantize.save` writes them, for hasten alone. Reading
+gives codes and scales: the runtime lays them out for its kernels without rounding again, the plain decoder gets what
+they stand for.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from hasten.compress import values
-from hasten.compress.quantize import Format, Int, PerChannel, PerGroup, PerToken, Quantized, save
+from hasten.compress.quantize import FP8_E4M3, Format, Int, MiniFloat, PerChannel, PerGroup, PerToken, Quantized, save
 from hasten.compress.quantize.bits import pack_bits, unpack_bits
 from hasten.compress.quantize.compact import expand
-from hasten.compress.quantize.layers import QuantizedLayer
+from hasten.compress.quantize.layers import ActivationQuantizer, QuantizedLayer
 from hasten.compress.recipe import Recipe
 from hasten.errors import DataError, ModelLoadError
 from hasten.language.config import DecoderConfig
@@ -52,9 +53,17 @@ def is_compressed(folder: Path) -> bool:
 
 def packable(fmt: Format) -> bool:
     """Whether ``compressed-tensors`` has this weight format in the form that is written here."""
+    if _is_fp8(fmt):
+        return isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis == 0
     if not isinstance(fmt, Int) or not fmt.symmetric or fmt.bits not in (4, 8):
         return False
     return isinstance(fmt.granularity, (PerChannel, PerGroup)) and fmt.granularity.axis in (0, 1, -1)
+
+
+def _is_fp8(fmt: Format | None) -> TypeGuard[MiniFloat]:
+    """Whether a code is the byte of torch's float8_e4m3fn."""
+    wanted = (FP8_E4M3.e, FP8_E4M3.m, FP8_E4M3.bias, FP8_E4M3.signed, FP8_E4M3.special)
+    return isinstance(fmt, MiniFloat) and (fmt.e, fmt.m, fmt.bias, fmt.signed, fmt.special) == wanted
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -123,8 +132,10 @@ class CompressedReader(WeightReader):
             flat = words.contiguous().view(torch.uint8).reshape(out, -1)
             codes = unpack_bits(flat.reshape(-1), bits, flat.numel() * 8 // bits).view(out, -1)[:, :inner]
             codes = codes.to(torch.int16) - (1 << (bits - 1))
+        elif (stored := self._as_stored(f"{path}.weight")).dtype == torch.float8_e4m3fn:
+            return self._fp8(path, stored.view(torch.uint8), scales, shape)
         else:
-            codes = kept(f"{path}.weight").to(torch.int16)
+            codes = stored.to(torch.int16)
             bits, (out, inner) = 8, (int(codes.shape[0]), int(codes.shape[1]))
             if codes.abs().max() > 128:
                 raise ModelLoadError(f"layer {path} of {self.folder} is no int8 matrix; give an int-quantized folder")
@@ -139,6 +150,24 @@ class CompressedReader(WeightReader):
         granularity = PerChannel(0) if groups == 1 else PerGroup(1, -(-inner // groups))
         fmt = Int(bits, granularity, full_range=bool((codes == -(1 << (bits - 1))).any()))
         return Quantized(codes.to(torch.int8), scales, None, fmt)
+
+    def _as_stored(self, name: str) -> Tensor:
+        """A tensor of the file without a look at its values, which torch has none of for float8."""
+        stored = self._stored[name]
+        tensor: Tensor = self._files[stored].get_tensor(stored)
+        return tensor
+
+    def _fp8(self, path: str, codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Quantized:
+        if scales.numel() not in (1, len(codes)):
+            raise ModelLoadError(
+                f"layer {path} of {self.folder} has {scales.numel()} scales for {len(codes)} outputs; FP8 is read with "
+                "one for each output or one for all"
+            )
+        if ((codes & 0x7F) == 0x7F).any():
+            raise ModelLoadError(f"layer {path} of {self.folder} holds values that are not finite; the file is damaged")
+        self._agree(path, (int(codes.shape[0]), int(codes.shape[1])), shape)
+        each = scales.reshape(-1, 1).expand(len(codes), 1).contiguous()
+        return Quantized(codes, each, None, FP8_E4M3.per_channel())
 
     def _agree(self, path: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
         if shape and stored != tuple(shape):
@@ -194,12 +223,13 @@ def _write_weights(
     groups: dict[str, dict[str, Any]] = {}
     for path, module in layers.items():
         quantized = module.quantized()
-        activation = module.activation.format if module.activation is not None else None
-        in_bytes = isinstance(activation, Int) and isinstance(activation.granularity, PerToken)
-        entry = _group_entry(quantized.format, activation if in_bytes else None)
+        inputs = module.activation
+        entry = _group_entry(quantized.format, inputs)
         found = groups.setdefault(json.dumps(entry, sort_keys=True), {**entry, "targets": []})
         found["targets"].append("re:^" + re.escape(path) + "$")
-        tensors |= _tensors(path, quantized, packed=not in_bytes)
+        tensors |= _tensors(path, quantized, packed=entry["format"] == "pack-quantized")
+        if entry["format"] == "float-quantized" and inputs is not None and inputs.scale is not None:
+            tensors[f"{path}.input_scale"] = inputs.scale.detach().float().reshape(1)
         if module.bias is not None:
             tensors[f"{path}.bias"] = module.bias.detach().to(kind)
     ours = tuple(f"{path}." for path in layers)
@@ -233,20 +263,22 @@ def _rest_in(small: nn.Module, kind: torch.dtype) -> nn.Module:
     return clone
 
 
-def _group_entry(fmt: Format, activation: Format | None) -> dict[str, Any]:
-    assert isinstance(fmt, Int)
+def _group_entry(fmt: Format, inputs: ActivationQuantizer | None) -> dict[str, Any]:
+    """One of ``config_groups``; inputs are told where the format has them: int8 for each token, FP8 also fixed."""
     grouped = fmt.granularity if isinstance(fmt.granularity, PerGroup) else None
     weights = {
-        "num_bits": fmt.bits, "type": "int", "symmetric": True, "dynamic": False,
+        "num_bits": fmt.bits, "type": "float" if _is_fp8(fmt) else "int", "symmetric": True, "dynamic": False,
         "strategy": "group" if grouped else "channel", "group_size": grouped.size if grouped else None,
     }  # fmt: skip
-    inputs = None
-    if activation is not None:
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-    return {
-        "weights": weights, "input_activations": inputs, "output_activations": None,
-        "format": "int-quantized" if activation is not None else "pack-quantized",
-    }  # fmt: skip
+    given = inputs.format if inputs is not None else None
+    told: dict[str, Any] | None = None
+    if _is_fp8(fmt) and _is_fp8(given):
+        strategy = "token" if isinstance(given.granularity, PerToken) else "tensor"
+        told = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": given.dynamic, "strategy": strategy}
+    elif isinstance(fmt, Int) and isinstance(given, Int) and isinstance(given.granularity, PerToken):
+        told = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    kind = "float-quantized" if _is_fp8(fmt) else "pack-quantized" if told is None else "int-quantized"
+    return {"weights": weights, "input_activations": told, "output_activations": None, "format": kind}
 
 
 def _tensors(path: str, quantized: Quantized, *, packed: bool) -> dict[str, Tensor]:
@@ -254,6 +286,8 @@ def _tensors(path: str, quantized: Quantized, *, packed: bool) -> dict[str, Tens
     scales = quantized.scales.reshape(out, -1)
     exact = [k for k in (torch.bfloat16, torch.float16) if torch.equal(scales.to(k).float(), scales)]
     stored = {f"{path}.weight_scale": scales.to(exact[0]) if exact else scales.clone()}
+    if _is_fp8(quantized.format):
+        return stored | {f"{path}.weight": quantized.codes.contiguous().view(torch.float8_e4m3fn)}
     if not packed:
         return stored | {f"{path}.weight": quantized.codes.to(torch.int8).contiguous()}
     bits = quantized.format.bits

@@ -20,7 +20,7 @@ from hasten.language.latent import is_latent, save
 if TYPE_CHECKING:
     from hasten.language.loading import LanguageModel
 
-__all__ = ["SmallerCache", "smaller_cache"]
+__all__ = ["SmallerCache", "smaller_cache", "stored_type"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SmallerCache(Converted):
     def write(self, source: Path, out: Path) -> None:
         """A folder with the tokeniser of ``source`` and its weights in bfloat16 where the source's are."""
         decoder: Any = self.model
-        save(decoder.to(_stored(source)), out, source)
+        save(decoder.to(stored_type(source)), out, source)
 
 
 def smaller_cache(model: LanguageModel, technique: ToMLA, sample: TextSample | None) -> SmallerCache:
@@ -53,7 +53,7 @@ def smaller_cache(model: LanguageModel, technique: ToMLA, sample: TextSample | N
     return SmallerCache(found, perplexity, (found.model_cache_bytes, found.cache_bytes_per_token))
 
 
-def _stored(folder: Path) -> torch.dtype:
+def stored_type(folder: Path) -> torch.dtype:
     """Type of the matrices in a folder; float32 where its files mix types."""
     from safetensors import safe_open
 

@@ -51,6 +51,7 @@ def run(scale: Scale) -> Iterator[Check]:
     made = trained("tiny-transient-curves", make_curves, {"count": len(seen), "seed": scale.seed, "sky": 4}, {})
     held = len(seen) // 4
     x, y, xt, yt = made["short"][held:], made["kind"][held:], made["grid"][:held], made["kind"][:held]
+    whole = made["grid"][held:]
     yield from brightness(seen, kinds, held)
     settings = scale.choose(
         quick={"epochs": 6, "tuning": 3}, full={"epochs": 14, "tuning": 8},
@@ -62,6 +63,8 @@ def run(scale: Scale) -> Iterator[Check]:
         data = {"x": x, "y": y}
         made = trained("tiny-transient-t2", train_t2, {"epochs": settings["epochs"], "seed": seed}, data)
         data |= {name.replace(".", "/"): value for name, value in made["float"].items()}
+        # The float model is followed on the objects that it learned from, on their cut curves and on whole ones.
+        data |= {"x": torch.cat([x, whole]), "y": torch.cat([y, y])}
         made |= trained("tiny-transient-deep", compress_t2, {"epochs": settings["tuning"], "seed": seed}, data)
         nets.append(made)
     yield from size(scale, nets, xt)

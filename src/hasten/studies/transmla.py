@@ -300,7 +300,11 @@ def _step_times(models: dict[str, Any], ids: list[int], scale: Scale) -> Iterato
         runs[name] = step
     times = medians(runs, scale.choose(quick=15, full=101))
     yield Check.equal(
-        "cache bytes of a token, latent", sizes["latent"], sizes["grouped"] // 4, "B", f"of {sizes['grouped']}"
+        f"cache bytes of a token, latent, {len(ids):,} tokens of context",
+        sizes["latent"],
+        sizes["grouped"] // 4,
+        "B",
+        f"of {sizes['grouped']}",
     )
     yield Check.at_most(
         f"time per token, latent over grouped, {len(ids):,} tokens of context",

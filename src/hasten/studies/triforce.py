@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hasten.studies._recall import question, recall_model
+from hasten.studies._recall import Question, question, recall_model
 from hasten.studies._speculation import Table, first_two, law_gap, law_of_two
 from hasten.studies.study import Check, Scale, Study
 
@@ -169,6 +169,39 @@ def recalled(scale: Scale) -> Iterator[Check]:
         name = f"acceptance with random chunks, no better than either, {context} tokens"
         yield Check.at_most(name, rates["random"], least, "", note)
         yield Check.equal(f"greedy answers equal to plain decoding, {context} tokens", same, count)
+        yield from _served(model, asked, context)
+
+
+def _served(model: Any, asked: list[Question], context: int) -> Iterator[Check]:
+    """The same prompts through the engine, whose middle level draws with the sequence's own numbers."""
+    from hasten.language.params import SamplingParams
+    from hasten.language.speculate import RetrievalProposer
+    from hasten.serve.engine import Engine
+    from hasten.serve.policy import FixedSpeculation, make
+
+    answers: dict[str, list[list[int]]] = {}
+    rates: dict[str, float] = {}
+    ways: dict[str, dict[str, Any] | None] = {
+        "plain": None,
+        "mass": {},
+        "mean keys": {"choose": "query", "follow": False},
+    }
+    for name, knobs in ways.items():
+        proposer = None if knobs is None else RetrievalProposer(None, budget=512, gamma=6, least=0.0, **knobs)
+        engine = Engine(
+            model, make("stall-free", token_budget=2048), num_blocks=context // 16 + 16, prefix_sharing=False,
+            proposer=proposer, speculation=None if proposer is None else FixedSpeculation(6),
+        )  # fmt: skip
+        answers[name] = []
+        for number, one in enumerate(asked):
+            params = SamplingParams(max_tokens=len(one.answer), temperature=0.6, seed=number, ignore_eos=True)
+            answers[name].append(engine.generate([list(one.prompt)], params)[0].tokens)
+        if engine.speculation is not None:
+            rates[name] = engine.speculation.acceptance
+    same = sum(a == b for a, b in zip(answers["mass"], answers["plain"], strict=True))
+    note = ", ".join(f"{k} {v:.2f}" for k, v in rates.items()) + "; temperature 0.6"
+    yield Check.at_least(f"acceptance in the engine, {context} tokens", rates["mass"], 0.9, "", note)
+    yield Check.equal(f"sampled answers of the engine equal to plain ones, {context} tokens", same, len(asked))
 
 
 def retrieval(model: Any, scale: Scale) -> Iterator[Check]:
@@ -206,12 +239,13 @@ def speed(model: Any, scale: Scale) -> Iterator[Check]:
     contexts = scale.choose(quick=(2048, 4096), full=(4096, 8192, 15_872))
     for context in contexts:
         tokens = scale.choose(quick=32, full=96)
-        runs = []
+        runs, times = [], []
         for number in range(scale.choose(quick=1, full=3 if context == contexts[-1] else 5)):
             prompt = long_prompt(model.tokenizer, context, 1500 * number)
-            plain = generate(model, prompt, max_tokens=tokens)
-            runs.append((plain, generate(model, prompt, max_tokens=tokens, proposer=plan())))
-        seconds, shorter = (sum(r[i].seconds_per_token for r in runs) / len(runs) for i in (0, 1))
+            pair, both = _in_turns(model, prompt, plan(), scale, max_tokens=tokens)
+            runs.append(pair)
+            times.append(both)
+        seconds, shorter = (sum(t[i] for t in times) / len(times) for i in (0, 1))
         gains[context] = seconds / shorter
         if context == contexts[-1]:
             small, three = load("pycode-draft-0.7m"), []
@@ -250,10 +284,11 @@ def speed(model: Any, scale: Scale) -> Iterator[Check]:
     prompt = long_prompt(model.tokenizer, contexts[-1])
     for temperature in (0.2, 0.6, 1.0):
         tokens = scale.choose(quick=24, full=64)
-        plain = generate(model, prompt, max_tokens=tokens, temperature=temperature, seed=1)
-        ours = generate(model, prompt, max_tokens=tokens, temperature=temperature, seed=1, proposer=plan())
+        (_, ours), (longer, shorter) = _in_turns(
+            model, prompt, plan(), scale, max_tokens=tokens, temperature=temperature, seed=1
+        )
         rates[temperature] = ours.acceptance
-        speeds[temperature] = plain.seconds_per_token / ours.seconds_per_token
+        speeds[temperature] = longer / shorter
     yield Check.at_least(
         "least acceptance at temperatures 0.2, 0.6, 1.0",
         min(rates.values()),
@@ -268,6 +303,24 @@ def speed(model: Any, scale: Scale) -> Iterator[Check]:
         "×",
         ", ".join(f"{k:g}: {v:.2f}" for k, v in speeds.items()),
     )
+
+
+def _in_turns(
+    model: Any, prompt: list[int], plan: Any, scale: Scale, **options: Any
+) -> tuple[tuple[Any, Any], tuple[float, float]]:
+    """One answer without and with ``plan``, and the medians of seconds per token over three turns of each.
+
+    An answer takes a tenth of a second or two, so a single stall of the machine would decide.
+    """
+    from hasten.language.speculate import generate
+
+    runs = []
+    for turn in range(scale.choose(quick=1, full=3)):
+        order = (None, plan) if turn % 2 == 0 else (plan, None)
+        found = [generate(model, prompt, proposer=one, **options) for one in order]
+        runs.append(found if turn % 2 == 0 else found[::-1])
+    plain, ours = (float(np.median([r[i].seconds_per_token for r in runs])) for i in (0, 1))
+    return (runs[0][0], runs[0][1]), (plain, ours)
 
 
 study = Study(

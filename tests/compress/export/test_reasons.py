@@ -51,11 +51,14 @@ class Fixed(nn.Module):
         return x.reshape(3, 2, 2)
 
 
-@pytest.mark.parametrize(("layer", "operator"), [(Spectrum, "linalg_eig"), (Bessel, "special_bessel_j0")])
-def test_an_operator_without_translation(layer: type[nn.Module], operator: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "operator", "rows"),
+    [(Spectrum, "linalg_eig", 3), (Bessel, "special_bessel_j0", 3), (Bessel, "special_bessel_j0", 1)],
+)
+def test_an_operator_without_translation(layer: type[nn.Module], operator: str, rows: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer())
     with pytest.raises(ModelError) as caught:
-        export_onnx(model, X, tmp_path / "a.onnx")
+        export_onnx(model, X[:rows], tmp_path / "a.onnx")  # a batch of one is no free dimension for a tracer
     said = str(caught.value)
     assert f"layer '1' ({layer.__name__}) uses aten.{operator}," in said
     assert "\n" not in said

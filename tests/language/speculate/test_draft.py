@@ -143,6 +143,9 @@ def test_words_become_proposers_and_bad_pairs_are_refused():
         choose(SimpleNamespace(name="other"), "draft")
     assert choose(model, "tree:5").budget == 5
     assert choose(model, "triforce:256").name == "triforce+prompt-lookup+draft"
+    for word, wanted in (("triforce:256", ("mass", True)), ("triforce-means:256", ("query", False))):
+        view = choose(model, word).proposers[0]
+        assert (view.choose, view.follow, view.budget) == (*wanted, 256)
     assert choose(SimpleNamespace(name="other"), "triforce").name == "triforce+prompt-lookup"
     with pytest.raises(ConfigurationError, match="choose one of"):
         choose(model, "bush")

@@ -108,8 +108,9 @@ def test_the_engine_gives_the_tokens_of_plain_decoding(blocks):
         SamplingParams(max_tokens=20, temperature=1.0),
     ]
     plain = engine(model, None, num_blocks=blocks).generate(prompts, params)
-    for inner in (None, PromptLookup(min_ngram=2)):
-        proposer = RetrievalProposer(inner, budget=32, gamma=4, refresh=12, views=3)
+    published = {"choose": "query", "follow": False}
+    for inner, how in ((None, {}), (PromptLookup(min_ngram=2), published)):
+        proposer = RetrievalProposer(inner, budget=32, gamma=4, refresh=12, views=3, **how)
         one = engine(model, proposer, num_blocks=blocks)
         found = one.generate(prompts, params)
         assert [c.tokens for c in found] == [c.tokens for c in plain]
@@ -155,6 +156,8 @@ def test_bad_input_is_one_line():
         RetrievalProposer(budget=100)
     with pytest.raises(ConfigurationError, match="gamma"):
         RetrievalProposer(gamma=0)
+    with pytest.raises(ConfigurationError, match="choose is 'mean'; query, mass, recent and random"):
+        RetrievalProposer(choose="mean")
     with pytest.raises(ConfigurationError, match="window of 0"):
         Windowed(PromptLookup(), window=0)
     config = DecoderConfig(**SIZE, sliding_window=20, sliding_layers=(True, False))

@@ -126,4 +126,4 @@ def _users(program: Any, operator: str) -> tuple[str, Sequence[str]]:
 
 def fixed_batch(error: BaseException) -> bool:
     """Whether a tracer complains that a dimension said to change cannot."""
-    return "Constraints violated" in str(error)
+    return any(said in str(error) for said in ("Constraints violated", "conflicts between user-specified ranges"))

@@ -2,15 +2,16 @@
 
 "MoDeGPT: Modular Decomposition for Large Language Model Compression", Lin et al. 2024, arXiv:2408.09632. The hidden
 width between two matrices is cut so that what the pair makes of calibration is kept: Nyström for the feed-forward,
-column selection for queries and keys, SVD for values and output (:mod:`pairs`). How much each layer loses follows
-from how little it changes its input. Differs from the paper in: greedy selection of hidden units, the joint optimum
-over the query heads of a group, pseudo-inverses in place of ridges, and statistics of the compressed prefix on request.
+column selection for queries and keys, SVD for values and output (:mod:`pairs`). How much each pair loses follows from
+what cutting it alone does to the predictions, or, as published, a layer's share from how little it changes its input.
+Differs from the paper in: that allocation, greedy selection of hidden units, the joint optimum over the query heads of
+a group, pseudo-inverses in place of ridges, and statistics of the compressed prefix on request.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.lowrank import pairs
+from hasten.compress.lowrank.allocation import measured_shares
 from hasten.compress.lowrank.blocks import Block, find_blocks
 from hasten.compress.lowrank.moments import Moments, observe, output_sqnr, require_cpu
 from hasten.compress.lowrank.narrow import narrow_attention, narrow_feed_forward
@@ -43,10 +45,11 @@ class ModularDecomposition:
 
     ratio: float = 0.3
     """share of the blocks' parameters that goes; embeddings and norms are not counted and not touched"""
-    allocation: Literal["influence", "uniform"] = "influence"
-    """``influence`` cuts layers that change their input little more than others; ``uniform`` cuts all alike"""
+    allocation: Literal["measured", "influence", "uniform"] = "measured"
+    """``measured`` cuts every pair by what cutting it alone does to the predictions (:mod:`allocation`); ``influence``,
+    as published, cuts layers that change their input little more than others; ``uniform`` cuts all alike"""
     temperature: float = 0.2
-    """of the allocation: 0.01 follows the influence sharply; 1 is nearly uniform where influences differ by 0.1"""
+    """of ``influence``: 0.01 follows it sharply; 1 is nearly uniform where influences differ by 0.1"""
     modules: tuple[str, ...] = KINDS
     """pairs that are cut: mlp, qk (queries and keys), vo (values and output)"""
     selection: Literal["greedy", "leverage", "magnitude", "random"] = "greedy"
@@ -66,8 +69,8 @@ class ModularDecomposition:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 0.8:
             raise ConfigurationError(f"ratio is {self.ratio}; give the share of parameters to remove, in (0, 0.8]")
-        if self.allocation not in ("influence", "uniform"):
-            raise ConfigurationError(f"allocation is {self.allocation!r}; give influence or uniform")
+        if self.allocation not in ("measured", "influence", "uniform"):
+            raise ConfigurationError(f"allocation is {self.allocation!r}; give measured, influence or uniform")
         if self.temperature <= 0:
             raise ConfigurationError(f"temperature is {self.temperature}; give a positive number such as 0.1")
         if not self.modules or any(m not in KINDS for m in self.modules):
@@ -96,19 +99,23 @@ class ModularDecomposition:
         clone = copy.deepcopy(model)
         part = 0.3 if self.sequential else 0.7
         if statistics is None:
-            kinds = () if self.sequential else self.modules
+            kinds = () if self.sequential and self.allocation != "measured" else self.modules
             seen = gather(model, blocks, calibration, kinds, progress=lambda s, x: told(s, part * x))
         else:
             seen = list(statistics)
-        shares = self._shares(model, blocks, torch.tensor([s.influence for s in seen], dtype=torch.float64))
+        shares = self._shares(model, blocks, seen, calibration, told)
         reports: list[LayerReport] = []
         notes: list[str] = []
-        for index, (block, share) in enumerate(zip(blocks, shares.tolist(), strict=True)):
+        spare = 0.0
+        for index, (block, share) in enumerate(zip(blocks, shares, strict=True)):
             stats = seen[index]
             if self.sequential:
                 stats = gather(clone, [block], calibration, self.modules, until=block.name)[0]
+            wanted = spare + sum((1 - x) * block.weights(clone, (k,)) for k, x in share.items())
             with torch.no_grad():
-                reports += self._cut(clone, block, stats, share, notes)
+                reports += self._cut(clone, block, stats, share, notes, spare)
+            if self.allocation == "measured":  # what rounding took too much or too little, the next block makes up for
+                spare = wanted - block.weights(clone, self.modules)
             seen[index] = BlockStatistics()
             told("decomposing", part + (0.95 - part) * (index + 1) / len(blocks))
         clone.train(model.training)
@@ -126,8 +133,11 @@ class ModularDecomposition:
         told("done", 1.0)
         return clone
 
-    def _shares(self, model: nn.Module, blocks: list[Block], influence: Tensor) -> Tensor:
-        """Share of the chosen pairs' parameters that each block loses."""
+    def _shares(
+        self, model: nn.Module, blocks: list[Block], seen: list[BlockStatistics], calibration: Sequence[Any],
+        told: Callable[[str, float], None],
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """Share of the parameters that each pair of each block loses."""
         whole = torch.tensor([b.weights(model, KINDS) for b in blocks], dtype=torch.float64)
         chosen = torch.tensor([b.weights(model, self.modules) for b in blocks], dtype=torch.float64)
         average = float(self.ratio * whole.sum() / chosen.sum().clamp_min(1))
@@ -137,23 +147,33 @@ class ModularDecomposition:
                 f"{self.ratio:.0%} of all would cut them by {average:.0%}, above {self.most:.0%}; "
                 "lower the ratio or name more modules"
             )
-        if self.allocation == "uniform":
-            return torch.full_like(influence, average)
-        return pairs.influence_sparsity(influence, average, self.temperature, self.most)
+        if self.allocation == "measured":
+            return measured_shares(
+                model, blocks, self.modules, calibration,
+                lambda clone, i, shares: self._cut(clone, blocks[i], seen[i], shares, []),
+                average, self.most, lambda x: told("measuring every pair", 0.7 * x),
+            )  # fmt: skip
+        influence = torch.tensor([s.influence for s in seen], dtype=torch.float64)
+        shares = torch.full_like(influence, average)
+        if self.allocation == "influence":
+            shares = pairs.influence_sparsity(influence, average, self.temperature, self.most)
+        return [dict.fromkeys(self.modules, x) for x in shares.tolist()]
 
     def _cut(
-        self, clone: nn.Module, block: Block, stats: BlockStatistics, share: float, notes: list[str]
-    ) -> list[LayerReport]:
-        """Replace the parts of one block in ``clone``."""
+        self, clone: nn.Module, block: Block, stats: BlockStatistics, shares: Mapping[str, float], notes: list[str],
+        spare: float = 0.0,
+    ) -> list[LayerReport]:  # fmt: skip
+        """Replace the parts of one block in ``clone``; kinds without a share stay. ``spare``: numbers that the block
+        may have beyond its shares."""
         generator = torch.Generator().manual_seed(self.seed)
-        target = (1 - share) * block.weights(clone, self.modules)
-        found = narrow_attention(clone, block, stats, 1 - share, self.modules, self.selection, generator, notes)
-        if "mlp" in self.modules and block.feed_forward is not None:
+        target = spare + sum((1 - x) * block.weights(clone, (k,)) for k, x in shares.items())
+        keep = {k: 1 - x for k, x in shares.items() if k != "mlp"}
+        found = narrow_attention(clone, block, stats, keep, self.selection, generator, notes)
+        if "mlp" in shares and block.feed_forward is not None:
             # Heads come in whole pairs; the feed-forward takes up what their rounding left.
-            others = tuple(m for m in self.modules if m != "mlp")
-            wanted = target - block.weights(clone, others)
+            wanted = target - block.weights(clone, tuple(k for k in shares if k != "mlp"))
             found += narrow_feed_forward(clone, block, stats, wanted, self.selection, self.ridge, generator, notes)
-        elif "mlp" in self.modules:
+        elif "mlp" in shares:
             found.append(LayerReport(f"{block.name}.mlp", "kept", "a feed-forward that is not one pair of matrices"))
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def narrow_feed_forward(
     if stats.hidden.count < units:  # what was not seen is held by a ridge
         moment = moment + 1e-4 * moment.diagonal().mean() * torch.eye(units, dtype=moment.dtype)
     if selection == "greedy":
-        kept = pairs.select_greedily(moment, following, keep).sort().values
+        if stats.order is None or len(stats.order) < keep:  # one after the other: fewer are the first of more
+            stats.order = pairs.select_greedily(moment, following, keep)
+        kept = stats.order[:keep].sort().values
     elif selection == "leverage":
         kept = pairs.best_by(pairs.leverage(moment, ridge), keep)
     elif selection == "magnitude":
@@ -104,25 +107,25 @@ def narrow_attention(
     clone: nn.Module,
     block: Block,
     stats: BlockStatistics,
-    keep: float,
-    kinds: tuple[str, ...],
+    keep: Mapping[str, float],
     selection: str,
     generator: torch.Generator,
     notes: list[str],
 ) -> list[LayerReport]:
-    """Put an attention with narrower heads in the block's place; ``keep`` is the share of a head that stays."""
-    if "qk" not in kinds and "vo" not in kinds:
+    """Put an attention with narrower heads in the block's place; ``keep``: the share of a head that stays, by kind (qk
+    or vo); a kind that is not named stays as it is."""
+    if "qk" not in keep and "vo" not in keep:
         return []
     old: Any = clone.get_submodule(block.attention)
     out: Any = getattr(old, block.out)
     width, reports = block.width, []
     normed = isinstance(getattr(old, "q_norm", None), nn.Module)
     chosen = torch.arange(width).expand(block.kv_heads, width)
-    turned = stats.pairs if "qk" in kinds else _pairs_of(old)
+    turned = stats.pairs if "qk" in keep else _pairs_of(old)
     count = turned
     before = _size(old.q_proj, old.k_proj)
-    if "qk" in kinds:
-        chosen, count = _choose_columns(old, block, stats, keep, selection, normed, generator)
+    if "qk" in keep:
+        chosen, count = _choose_columns(old, block, stats, keep["qk"], selection, normed, generator)
         error = _query_key_error(stats, chosen, block)
         share = chosen.shape[1] * before // width
         action = f"columns {width} to {chosen.shape[1]}" if chosen.shape[1] < width else "kept"
@@ -130,8 +133,8 @@ def narrow_attention(
         reports.append(LayerReport(f"{block.attention}.qk", action, text, before, share, error=error))
     value_width = width
     first = second = None
-    if "vo" in kinds:
-        value_width = max(1, min(width, round(keep * width)))
+    if "vo" in keep:
+        value_width = max(1, min(width, round(keep["vo"] * width)))
         value_width = min(width, value_width + value_width % 2)
         first, second, error = _values(old, out, block, stats, value_width, selection, generator)
         before = _size(old.v_proj, out)

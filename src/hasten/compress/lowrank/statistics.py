@@ -39,6 +39,8 @@ class BlockStatistics:
     cosine: float = 0.0
     """sum over tokens of the cosine between the block's input and output"""
     tokens: int = 0
+    order: Tensor | None = None
+    """hidden units in the order of their greedy selection, as far as it was needed"""
 
     @property
     def influence(self) -> float:

@@ -11,12 +11,12 @@ from hasten.language.speculate.proposal import FirstOf, Proposer
 
 __all__ = ["CHOICES", "DRAFTS", "choose", "parse"]
 
-CHOICES = ("auto", "off", "draft", "ngram", "tree", "triforce")
+CHOICES = ("auto", "off", "draft", "ngram", "tree", "triforce", "triforce-means")
 
 DRAFTS = {"pycode-4m": "pycode-draft-0.7m"}
 """Drafts of the embedded models."""
 
-_SIZED = {"tree": "guesses of a tree", "triforce": "tokens of retrieved cache"}
+_SIZED = {"tree": "guesses of a tree", **dict.fromkeys(("triforce", "triforce-means"), "tokens of retrieved cache")}
 
 
 def parse(how: str) -> tuple[str, int | None]:
@@ -28,7 +28,7 @@ def parse(how: str) -> tuple[str, int | None]:
     word, colon, size = how.partition(":")
     if word not in CHOICES or (colon and word not in _SIZED):
         raise ConfigurationError(
-            f"--speculate is {how!r}; choose one of {', '.join(CHOICES)}, the last two also with a size such as tree:16"
+            f"--speculate is {how!r}; choose one of {', '.join(CHOICES)}, the last three also with a size: tree:16"
         )
     if not colon:
         return word, None
@@ -44,9 +44,10 @@ def choose(
 
     ``auto``: prompt lookup where the text repeats itself and the draft elsewhere, if there is a draft (the one named,
     or the embedded model's own); prompt lookup alone if not. ``tree``: trees of the draft. ``triforce``: the model over
-    a part of its own cache, for long contexts, with what ``auto`` gives guessing for it and for short ones. ``load``
-    reads the draft. Raises :class:`~hasten.errors.ConfigurationError` for an unknown word, a missing draft or one with
-    another vocabulary.
+    a part of its own cache, for long contexts, with what ``auto`` gives guessing for it and for short ones; the part is
+    what it attends to, or with ``triforce-means`` what mean keys say, as published. ``load`` reads the draft.
+
+    Raises :class:`~hasten.errors.ConfigurationError` for an unknown word, a missing draft or one of another vocabulary.
     """
     from hasten.language.speculate.lookup import PromptLookup
 
@@ -65,8 +66,8 @@ def choose(
 
         small = (load or from_folder)(name)
         check_pair(model, small)
-    if word == "triforce":
-        return _retrieving(small, size)
+    if word.startswith("triforce"):
+        return _retrieving(small, size, means=word == "triforce-means")
     if small is None:
         raise ConfigurationError(f"{model.name} has no draft of its own; name one with --draft, or --speculate ngram")
     if word == "tree":
@@ -79,7 +80,7 @@ def choose(
     return guess if word == "draft" else FirstOf([PromptLookup(min_ngram=2), guess])
 
 
-def _retrieving(small: Any, size: int | None) -> Proposer:
+def _retrieving(small: Any, size: int | None, *, means: bool) -> Proposer:
     from hasten.language.speculate.draft import ModelDraft
     from hasten.language.speculate.lookup import PromptLookup
     from hasten.language.speculate.retrieval import RetrievalProposer, Windowed
@@ -92,5 +93,8 @@ def _retrieving(small: Any, size: int | None) -> Proposer:
         return [*lookup, Windowed(ModelDraft(small), window=window)]
 
     # The inner level and the one for short contexts have sequences of their own: what they keep would not fit both.
-    long = RetrievalProposer(FirstOf(cheap())) if size is None else RetrievalProposer(FirstOf(cheap()), budget=size)
+    options: dict[str, Any] = {"choose": "query", "follow": False} if means else {}
+    if size is not None:
+        options["budget"] = size
+    long = RetrievalProposer(FirstOf(cheap()), **options)
     return FirstOf([long, *cheap()])

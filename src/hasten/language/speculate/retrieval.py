@@ -4,8 +4,8 @@
 arXiv:2404.11912. Three levels: a cheap proposer guesses, the model over a :class:`RetrievalView` says which of these it
 would choose itself (the coupled rule, with the sequence's own seed), and what it chose is what the engine verifies over
 the whole cache. A pass of the middle level costs the weights and ``budget`` keys instead of the whole context.
-Differs from the paper in: all levels choose by the coupled rule, so every token is that of plain decoding. See
-:mod:`triforce` for the rejection rule on one sequence.
+Differs from the paper in: all levels choose by the coupled rule, so every token is that of plain decoding; chunks are
+chosen by attention unless ``choose="query", follow=False``. See :mod:`triforce` for the rejection rule, one sequence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hasten.language.ragged import RaggedBatch
 from hasten.language.sampling import Sampler, SamplingState
 from hasten.language.speculate.proposal import Ask, Calibration, Host, Proposal, Proposer
 from hasten.language.speculate.verify import accept_chain
-from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, draft_batch, slots_for
+from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, check_way, draft_batch, slots_for
 
 __all__ = ["RetrievalProposer", "Windowed"]
 
@@ -98,17 +98,20 @@ class RetrievalProposer:
 
     def __init__(
         self, inner: Proposer | None = None, *, budget: int = 512, chunk: int = 8, gamma: int = 8, ahead: int = 4,
-        refresh: int = 128, least: float = 0.1, views: int = 8,
+        refresh: int = 128, least: float = 0.1, views: int = 8, choose: str = "mass", follow: bool = True,
     ) -> None:  # fmt: skip
         """``inner``: who guesses for the middle level; None leaves it to draft token by token.
 
         ``budget`` tokens of the cache in chunks of ``chunk``; ``gamma`` guesses at most, ``ahead`` of them by the inner
         level in one go. A view is made anew after ``refresh`` tokens. A draft less probable than ``least`` is not gone
-        on with. ``views``: sequences that have one at a time.
+        on with. ``views``: sequences that have one at a time. ``choose`` and ``follow``: as of :class:`TriForce`; query
+        and False choose by mean keys, as published.
         """
         if gamma < 1 or ahead < 1 or refresh < 1 or views < 1:
             raise ConfigurationError("gamma, ahead, refresh and views must be at least 1")
         check_budget(budget, chunk)
+        check_way(choose)
+        self.choose, self.follow = choose, follow
         self.inner, self.budget, self.chunk, self.gamma = inner, budget, chunk, gamma
         self.ahead, self.refresh, self.least, self.views = ahead, refresh, least, views
         self.passes = self.built = 0
@@ -143,6 +146,7 @@ class RetrievalProposer:
             raise ConfigurationError("triforce runs on the CPU; on another device use a draft or ngram")
         pages = slots_for(self.budget, self.refresh + 2 * (self.gamma + self.ahead) + 8) // PAGE
         self._host = host
+        self._scale = getattr(config, "attention_scale", None)
         self._cache = host.executor.new_cache(self.views * pages, PAGE)
         self._free = [list(range(i * pages, (i + 1) * pages)) for i in range(self.views)]
         self._views.clear()
@@ -180,7 +184,10 @@ class RetrievalProposer:
             return self._views[seq]
         if not self._free:
             self.forget(next(iter(self._views)))
-        view = self._views[seq] = RetrievalView(self._cache, self._free.pop(), self.budget, self.chunk)
+        table = self._free.pop()
+        view = self._views[seq] = RetrievalView(
+            self._cache, table, self.budget, self.chunk, self.choose, self.follow, self._scale
+        )
         return view
 
     def _renew(self, lines: Sequence[_Line]) -> None:

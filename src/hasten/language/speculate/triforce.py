@@ -22,7 +22,7 @@ from hasten.language.ragged import RaggedBatch
 from hasten.language.speculate.law import Draw, chance
 from hasten.language.speculate.session import Session
 from hasten.language.speculate.verify import probabilities
-from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, draft_batch, slots_for
+from hasten.language.speculate.view import PAGE, RetrievalView, check_budget, check_way, draft_batch, slots_for
 
 __all__ = ["TriForce", "draft_middle"]
 
@@ -117,8 +117,7 @@ class TriForce:
         check_budget(budget, chunk)
         if gamma < 1 or sinks < 0 or window < 8:
             raise ConfigurationError(f"gamma {gamma} and window {window}: give at least 1 and 8")
-        if choose not in ("query", "mass", "recent", "random"):
-            raise ConfigurationError(f"choose is {choose!r}; query, mass, recent and random are known")
+        check_way(choose)
         self.small, self.budget, self.chunk, self.gamma = small, budget, chunk, gamma
         self.sinks, self.window, self.refresh, self.choose, self.follow = sinks, window, refresh, choose, follow
 

@@ -21,9 +21,11 @@ from hasten.errors import ConfigurationError
 from hasten.language.pages import widened
 from hasten.language.ragged import RaggedBatch
 
-__all__ = ["PAGE", "RetrievalView", "check_budget", "draft_batch", "slots_for"]
+__all__ = ["PAGE", "WAYS", "RetrievalView", "check_budget", "check_way", "draft_batch", "slots_for"]
 
 PAGE = 16
+WAYS = ("query", "mass", "recent", "random")
+"""how chunks are chosen"""
 
 
 def slots_for(budget: int, extra: int) -> int:
@@ -42,6 +44,12 @@ def check_budget(budget: int, chunk: int) -> None:
         )
 
 
+def check_way(choose: str) -> None:
+    """Raises :class:`~hasten.errors.ConfigurationError` for a way to choose chunks that is not known."""
+    if choose not in WAYS:
+        raise ConfigurationError(f"choose is {choose!r}; {', '.join(WAYS[:-1])} and {WAYS[-1]} are known")
+
+
 class RetrievalView:
     """A view of one sequence's cache.
 
@@ -58,6 +66,7 @@ class RetrievalView:
         ``scale``: what attention scores are multiplied by, None for the root of the width.
         """
         check_budget(budget, chunk)
+        check_way(choose)
         self.cache, self.table = cache, list(table)
         self.budget, self.chunk, self.choose, self.follow = budget, chunk, choose, follow
         self.scale = scale
@@ -123,7 +132,7 @@ class RetrievalView:
         self.looked = whole * self.chunk
         found = []
         for keys, query in zip(cache.keys, queries, strict=True):
-            line = widened(keys[where]).transpose(0, 1).flatten(1, 2)[:, : whole * self.chunk]
+            line = widened(keys.index_select(0, where)).transpose(0, 1).flatten(1, 2)[:, : whole * self.chunk]
             scale = line.shape[2] ** -0.5 if self.scale is None else self.scale
             logits = query.float().view(line.shape[0], -1, line.shape[2]) @ line.transpose(1, 2) * scale
             found.append(logits.softmax(2).unflatten(2, (whole, self.chunk)).sum(3).sum(1))
