@@ -310,6 +310,10 @@ def part(matrix: Any, inputs: Any, out: Any, first: Any, last: Any) -> None:
     )  # fmt: skip
 
 
+_WIDE = 4
+"""Panels of gates, and as many of ups, that a call of the byte kernel takes: each call has a beginning and an end."""
+
+
 @njit(cache=True)
 def gates_in_place(matrix: Any, rows: Any) -> Any:
     """Whether :func:`gated_part` is for this matrix of gates and ups, and of use with so many rows."""
@@ -327,20 +331,23 @@ def gated_part(matrix: Any, inputs: Any, gelu: bool, out: Any, first: Any, last:
     groups = (rows + GROUP - 1) // GROUP
     half = matrix[1] // (2 * PANEL)
     size = _panel_bytes(matrix)
-    pair = tiles.room_for(2 * rows * PANEL * 4).view(np.float32).reshape((2, rows, PANEL))
+    most = _WIDE if matrix[0] == INT8 and groups == 1 else 1
+    pair = tiles.room_for(2 * rows * most * PANEL * 4).view(np.float32).reshape((2, rows * most * PANEL))
     _begin(matrix, inputs, rows, first // groups)
     item = first
     while item < last:
         panel, begin = item // groups, item % groups
-        end = min(groups, begin + last - item)
+        end = min(groups, begin + last - item) if most == 1 else min(most, last - item)
         item += end - begin
+        wide = (end if most > 1 else 1) * PANEL
         for side in range(2):
             here = panel + side * half
             scale = matrix[4] + here * PANEL * 4 if matrix[0] == INT8 else matrix[4]
             _call(
                 matrix[6],
-                (PANEL, matrix[2], matrix[3] + here * size, scale, 0, inputs.ctypes.data, rows, pair[side].ctypes.data,
+                (wide, matrix[2], matrix[3] + here * size, scale, 0, inputs.ctypes.data, rows, pair[side].ctypes.data,
                  begin, end),
             )  # fmt: skip
         for row in range(begin * GROUP, min(rows, end * GROUP)):
-            gated(pair[0, row], pair[1, row], gelu, out[row, panel * PANEL : panel * PANEL + PANEL])
+            at = slice(row * wide, row * wide + wide)
+            gated(pair[0, at], pair[1, at], gelu, out[row, panel * PANEL : panel * PANEL + wide])
