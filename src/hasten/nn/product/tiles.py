@@ -51,16 +51,16 @@ __all__ = [
     "panels",
     "room_for",
     "run_assembly",
+    "serves_as_sums",
     "sixteens_of",
     "takes_bytes",
 ]
 
 _SPAN = 512
-_tiles, _arranged, _sums_for = word_tiles, arranged, sums_for
 
 
 @njit(cache=True)
-def _serves_as_sums(out: Any, count: int, pairs: int) -> Any:
+def serves_as_sums(out: Any, count: int, pairs: int) -> Any:
     """Whether ``count`` rows of ``out`` can hold the sums themselves: whole tiles that are lines of memory."""
     whole = out.shape[1] == PANEL and out.itemsize == 4 and count % 16 == 0
     return whole and out.ctypes.data % LINE == 0 and pairs % STEP == 0
@@ -72,7 +72,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     pairs = weights.shape[1]
-    room = _sums_for(rows).view(np.float32)
+    room = sums_for(rows).view(np.float32)
     past = goes_past(weights.size * weights.itemsize, bias, out)
     base, x_base, x_stride = weights.ctypes.data, x.ctypes.data, x.strides[0]
     tall = tiles.shape[1] * TILE
@@ -82,7 +82,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
         count = min(GROUP, rows - start)
         sixteens = sixteens_of(count)
         ahead = AHEAD if sixteens == 1 else FAR_AHEAD
-        in_place = len(bias) == 0 and _serves_as_sums(out, count, pairs)
+        in_place = len(bias) == 0 and serves_as_sums(out, count, pairs)
         sums = out.view(np.float32)[start : start + count] if in_place else room
         longest = pairs if sixteens == 1 else _SPAN
         for pair in range(0, pairs, longest):
@@ -90,7 +90,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
             whole = span // STEP
             there = base + (panel * pairs + pair) * PANEL * 4
             if whole > 0:
-                _tiles(
+                word_tiles(
                     tiles.ctypes.data + start // 16 * tall + pair // STEP * TILE, tall, there, whole,
                     sums.ctypes.data, pair == 0, sixteens, there + ahead, lines_for(sixteens) if start == 0 else 0,
                 )  # fmt: skip
@@ -120,4 +120,4 @@ def _multiply(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, parts: int)
 
 def multiply(x: Any, weights: Any, bias: Any, out: Any) -> None:
     """``out = x @ W.T + bias``; see :func:`hasten.nn.product.bfloat16.multiply`."""
-    _multiply(x, _arranged(x), weights, bias, out, numba.get_num_threads())
+    _multiply(x, arranged(x), weights, bias, out, numba.get_num_threads())

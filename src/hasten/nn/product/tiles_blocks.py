@@ -17,7 +17,7 @@ from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, PANEL, scaled
 from hasten.nn.product.tiles_setup import TILE, run_assembly
 
-__all__ = ["AHEAD", "FAR_AHEAD", "lines_for", "word_tiles"]
+__all__ = ["AHEAD", "FAR_AHEAD", "block_times", "lines_for", "word_tiles"]
 
 AHEAD = 8 * TILE
 """Bytes between a weight in use and the one asked for, where one pass over the panel does for all rows."""
@@ -29,7 +29,7 @@ the first cache, so that the way from the second is free for the stream of weigh
 _WORD = ir.IntType(64)
 
 
-def _block(
+def block_times(
     builder: Any, halves: int, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, dot: str, fresh: Any,
     ask: Callable[[Any, Any, int], None], first: Any,
 ) -> None:  # fmt: skip
@@ -87,8 +87,8 @@ def _tiles_of(dot: str) -> Any:
         lines: Any,
     ) -> Any:  # fmt: skip
         """16 * ``sixteens`` rows (arranged, ``tall`` bytes for 16 of them) times ``steps`` tiles of a panel's inputs,
-        to ``sums``; see :func:`_block`. Meanwhile the weights from ``following`` on are asked for, ``lines`` of them
-        after each product of two tiles."""
+        to ``sums``; see :func:`block_times`. Meanwhile the weights from ``following`` on are asked for, ``lines`` of
+        them after each product of two tiles."""
         return types.void(*[types.intp] * 9), _generator(dot)
 
     return tiles_of
@@ -118,7 +118,7 @@ def _generator(dot: str) -> Any:
             def block(halves: int, number: Any) -> None:
                 at = builder.add(x, builder.mul(number, tall))
                 target = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
-                _block(builder, halves, at, tall, weights, steps, target, dot, first, ask_for, number)
+                block_times(builder, halves, at, tall, weights, steps, target, dot, first, ask_for, number)
 
             if single:
                 block(1, zero)

@@ -17,18 +17,17 @@ from hasten.nn.product import instructions as avx
 from hasten.nn.product.bfloat16 import rows_times, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, in_blocks, scaled
 from hasten.nn.product.past_caches import finish, goes_past, write_past
-from hasten.nn.product.tiles import (
-    FAR_AHEAD,
+from hasten.nn.product.tiles import serves_as_sums
+from hasten.nn.product.tiles_blocks import FAR_AHEAD, block_times, word_tiles
+from hasten.nn.product.tiles_setup import (
     TILE,
-    _arranged,
-    _serves_as_sums,
-    _sums_for,
-    _tiles,
+    arranged,
     close_tiles,
     open_tiles,
     room_for,
     run_assembly,
     sixteens_of,
+    sums_for,
 )
 from hasten.nn.product.twelve_bits import BLOCK, FOURS, OPENED, Opening, ask, is_plain, open_block
 
@@ -214,20 +213,67 @@ def _sixteen(x: int, record: int, head: int, blocks: int, sums: int, room: int) 
     _keep(sums)
 
 
+@intrinsic
+def _add_bite(
+    typing: Any, x: Any, tall: Any, weights: Any, steps: Any, sums: Any, fresh: Any, sixteens: Any, record: Any,
+    head: Any, blocks: Any, block: Any, more: Any, target: Any, lines: Any,
+) -> Any:  # fmt: skip
+    """``sums`` of two or more tiles of rows and ``steps`` opened blocks, added or ``fresh``. Meanwhile ``more`` blocks
+    from number ``block`` on are opened to ``target``, a piece with every second product, and later ones asked for,
+    ``lines`` lines with each."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, tall, weights, steps, sums, fresh, sixteens, record, head, blocks, block, more, target, lines = arguments
+        fresh = builder.icmp_signed("!=", fresh, ir.Constant(_WORD, 0))
+        one, two, three = (ir.Constant(_WORD, n) for n in (1, 2, 3))
+        pieces = scaled(builder, more, 4)
+        at_block = builder.add(builder.add(record, head), scaled(builder, block, BLOCK))
+        following = builder.add(at_block, ir.Constant(_WORD, FAR_AHEAD))
+
+        def meanwhile(number: Any, step: Any, quarter: int) -> None:
+            turn = builder.add(scaled(builder, number, _BITE), step)
+            asked = builder.add(scaled(builder, turn, 4), ir.Constant(_WORD, quarter))
+            begin = builder.add(following, builder.mul(asked, scaled(builder, lines, LINE)))
+            with cgutils.for_range(builder, lines) as loop:
+                avx.prefetch(builder, builder.add(begin, scaled(builder, loop.index, LINE)), 0, 1)
+            if quarter % 2:
+                return
+            piece = builder.add(scaled(builder, turn, 2), ir.Constant(_WORD, quarter // 2))
+            with builder.if_then(builder.icmp_signed("<", piece, pieces)):
+                past, inside = builder.lshr(piece, two), builder.and_(piece, three)
+                opening = Opening(builder, record, head, blocks, builder.add(block, past))
+                place = builder.add(target, scaled(builder, past, OPENED))
+                opening.piece(inside, place)
+                with builder.if_then(builder.icmp_signed("==", inside, three)):
+                    opening.finish(place)
+
+        def rows(halves: int, number: Any) -> None:
+            at = builder.add(x, builder.mul(number, tall))
+            to = builder.add(sums, scaled(builder, number, 16 * PANEL * 4))
+            block_times(builder, halves, at, tall, weights, steps, to, "tdpbf16ps", fresh, meanwhile, number)
+
+        with cgutils.for_range(builder, builder.sdiv(sixteens, two)) as loop:
+            rows(2, scaled(builder, loop.index, 2))
+        with builder.if_then(builder.icmp_signed("!=", builder.and_(sixteens, one), ir.Constant(_WORD, 0))):
+            rows(1, builder.sub(sixteens, one))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 14), generate
+
+
 @njit(cache=True, error_model="numpy")
 def _in_bites(
     x: int, tall: int, record: int, head: int, blocks: int, sums: int, sixteens: int, room: int, lines: int
 ) -> None:
-    """Several tiles of rows times a panel, two blocks at a time."""
+    """Several tiles of rows times a panel, two blocks at a time; the next two are opened meanwhile."""
     for block in range(min(_BITE, blocks)):
         open_block(record, head, blocks, block, room + block * OPENED, 0)
     for begin in range(0, blocks, _BITE):
         odd = begin // _BITE % 2
         here, other = room + odd * _BITE * OPENED, room + (1 - odd) * _BITE * OPENED
-        for block in range(begin + _BITE, min(begin + 2 * _BITE, blocks)):
-            open_block(record, head, blocks, block, other + (block - begin - _BITE) * OPENED, 0)
-        following = record + head + begin * BLOCK + FAR_AHEAD
-        _tiles(x + begin * TILE, tall, here, min(_BITE, blocks - begin), sums, begin == 0, sixteens, following, lines)
+        after = begin + _BITE
+        _add_bite(x + begin * TILE, tall, here, min(_BITE, blocks - begin), sums, begin == 0, sixteens, record, head,
+                  blocks, after, max(0, min(_BITE, blocks - after)), other, lines)  # fmt: skip
 
 
 @njit(cache=True, error_model="numpy")
@@ -235,7 +281,7 @@ def _from_room(x: int, tall: int, room: int, blocks: int, sums: int, sixteens: i
     """A group of rows times a panel that has been opened as a whole; the next panel is asked for."""
     for begin in range(0, blocks, _SPAN):
         count = min(_SPAN, blocks - begin)
-        _tiles(x + begin * TILE, tall, room + begin * OPENED, count, sums, begin == 0, sixteens,
+        word_tiles(x + begin * TILE, tall, room + begin * OPENED, count, sums, begin == 0, sixteens,
                following + begin * BLOCK, lines)  # fmt: skip
 
 
@@ -246,7 +292,7 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
     groups = (rows + GROUP - 1) // GROUP
     blocks = lines.shape[1]
     head = packed.shape[1] - blocks * BLOCK
-    own = _sums_for(rows).view(np.float32)
+    own = sums_for(rows).view(np.float32)
     past = goes_past(blocks * OPENED * len(packed), bias, out)
     tall = blocks * TILE
     room = room_for(_ROOM if groups == 1 else blocks * OPENED).ctypes.data
@@ -257,7 +303,7 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
         count = min(GROUP, rows - start)
         sixteens = sixteens_of(count)
         record = packed.ctypes.data + panel * packed.shape[1]
-        in_place = len(bias) == 0 and _serves_as_sums(out, count, blocks * _PAIRS)
+        in_place = len(bias) == 0 and serves_as_sums(out, count, blocks * _PAIRS)
         sums = out.view(np.float32)[start : start + count] if in_place else own
         rows_at = lines.ctypes.data + start // 16 * tall
         asked = (12 + sixteens - 1) // sixteens
@@ -303,4 +349,4 @@ def _multiply_tiles(lines: Any, packed: Any, bias: Any, out: Any, parts: int) ->
 
 def multiply_tiles(x: Any, packed: Any, bias: Any, out: Any) -> None:
     """The same on matrix tiles: the bits of :func:`hasten.nn.product.tiles.multiply`."""
-    _multiply_tiles(_arranged(x), packed, bias, out, numba.get_num_threads())
+    _multiply_tiles(arranged(x), packed, bias, out, numba.get_num_threads())
