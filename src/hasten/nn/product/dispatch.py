@@ -104,7 +104,8 @@ def inputs_for(x: Any, forms: Any) -> Any:
     """What :func:`part` takes of ``x`` (rows, in) uint16 and its ``forms``."""
     q, starts, scales, room = forms
     return np.array(
-        [x.ctypes.data, q.ctypes.data, starts.ctypes.data, scales.ctypes.data, room.ctypes.data, q.shape[1]], np.int64
+        [x.ctypes.data, q.ctypes.data, starts.ctypes.data, scales.ctypes.data, room.ctypes.data, q.shape[1], 0],
+        np.int64,
     )
 
 
@@ -180,13 +181,13 @@ def _bf12_leaf(
 def _bf12_tiles_leaf(
     outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
+    where = carray(pointer(inputs), (7,), np.int64)
     x = carray(pointer(where[0]), (rows, ins), np.uint16)
     packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
     target = carray(pointer(out), (rows, outs), np.float32)
     if rows >= tiles.FEWEST:
         lines = _word_tiles(where[4], rows, ins)
-        twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last)
+        twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last, where[6])
     else:
         twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last)
 
@@ -290,6 +291,12 @@ def _begin(matrix: Any, inputs: Any, rows: Any, panel: Any) -> None:
 
 
 @njit(cache=True, error_model="numpy")
+def _space_for(matrix: Any, rows: Any) -> Any:
+    """Room for an opened panel, which many rows share; made once, for fresh memory of this size costs page faults."""
+    return tiles.room_for(matrix[2] * PANEL * 2 if matrix[0] == BF16 and matrix[4] != 0 and rows > GROUP else 64)
+
+
+@njit(cache=True, error_model="numpy")
 def items_of(matrix: Any, rows: Any) -> Any:
     """Items of a product: panels times groups of rows."""
     return (matrix[1] + PANEL - 1) // PANEL * ((rows + GROUP - 1) // GROUP)
@@ -302,12 +309,15 @@ def part(matrix: Any, inputs: Any, out: Any, first: Any, last: Any) -> None:
     ``inputs``: of :func:`inputs_for`; out (rows, out) float32, contiguous.
     """
     rows = out.shape[0]
+    space = _space_for(matrix, rows)
+    inputs[6] = space.ctypes.data
     _begin(matrix, inputs, rows, first // ((rows + GROUP - 1) // GROUP))
     _call(
         matrix[6],
         (matrix[1], matrix[2], matrix[3], matrix[4], matrix[5], inputs.ctypes.data, out.shape[0], out.ctypes.data,
          first, last),
     )  # fmt: skip
+    space[0] = 0  # numba frees an array behind its last use
 
 
 _WIDE = 4
@@ -333,6 +343,8 @@ def gated_part(matrix: Any, inputs: Any, gelu: bool, out: Any, first: Any, last:
     size = _panel_bytes(matrix)
     most = _WIDE if matrix[0] == INT8 and groups == 1 else 1
     pair = tiles.room_for(2 * rows * most * PANEL * 4).view(np.float32).reshape((2, rows * most * PANEL))
+    space = _space_for(matrix, rows)
+    inputs[6] = space.ctypes.data
     _begin(matrix, inputs, rows, first // groups)
     item = first
     while item < last:
@@ -351,3 +363,4 @@ def gated_part(matrix: Any, inputs: Any, gelu: bool, out: Any, first: Any, last:
         for row in range(begin * GROUP, min(rows, end * GROUP)):
             at = slice(row * wide, row * wide + wide)
             gated(pair[0, at], pair[1, at], gelu, out[row, panel * PANEL : panel * PANEL + wide])
+    space[0] = 0

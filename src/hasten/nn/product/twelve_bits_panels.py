@@ -128,7 +128,8 @@ def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int) -> N
     blocks = x.shape[1] // (2 * _PAIRS)
     head = packed.shape[1] - blocks * BLOCK
     sums = room_for(min(rows, GROUP) * PANEL * 4).view(np.float32).reshape((min(rows, GROUP), PANEL))
-    room = room_for(OPENED).ctypes.data
+    own = room_for(OPENED)
+    room = own.ctypes.data
     base, x_base, x_stride = packed.ctypes.data, x.ctypes.data, x.strides[0]
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
@@ -144,6 +145,7 @@ def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int) -> N
             _add_rows(here, x_stride, room, sums.ctypes.data, count,
                       record + head + _AHEAD, block * FOURS + 4)  # fmt: skip
         write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
+    own[0] = 0  # numba frees an array behind its last use, and its address is none
 
 
 @intrinsic
@@ -286,8 +288,11 @@ def _from_room(x: int, tall: int, room: int, blocks: int, sums: int, sixteens: i
 
 
 @njit(cache=True, error_model="numpy")
-def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: int) -> None:
-    """As :func:`hasten.nn.product.tiles.panels`, ``lines`` being the rows in tiles, with packed (panels, stride)."""
+def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: int, space: int) -> None:
+    """As :func:`hasten.nn.product.tiles.panels`, ``lines`` being the rows in tiles, with packed (panels, stride).
+
+    ``space``: address of room for an opened panel, at a line of memory; 0 where there is none.
+    """
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
     blocks = lines.shape[1]
@@ -295,7 +300,8 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
     own = sums_for(rows).view(np.float32)
     past = goes_past(blocks * OPENED * len(packed), bias, out)
     tall = blocks * TILE
-    room = room_for(_ROOM if groups == 1 else blocks * OPENED).ctypes.data
+    own_room = room_for(_ROOM if groups == 1 or space != 0 else blocks * OPENED)
+    room = space if groups > 1 and space != 0 else own_room.ctypes.data
     opened = -1
     open_tiles()
     for item in range(first, last):
@@ -325,6 +331,7 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
     if past:
         finish()
     close_tiles()
+    own_room[0] = 0
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
@@ -344,7 +351,7 @@ def multiply(x: Any, packed: Any, bias: Any, out: Any) -> None:
 def _multiply_tiles(lines: Any, packed: Any, bias: Any, out: Any, parts: int) -> None:
     items = len(packed) * ((out.shape[0] + GROUP - 1) // GROUP)
     for part in prange(parts):
-        tile_panels(lines, packed, bias, out, items * part // parts, items * (part + 1) // parts)
+        tile_panels(lines, packed, bias, out, items * part // parts, items * (part + 1) // parts, 0)
 
 
 def multiply_tiles(x: Any, packed: Any, bias: Any, out: Any) -> None:
