@@ -127,7 +127,7 @@ def _fill(weight: Any, code_of: Any, table: Any, counts: Any, head: int, packed:
 
 def pack(weight: Any, limit: float = _MOST) -> Any | None:
     """weight (out, in) bfloat16 as uint16 -> (panels, stride) uint8, or None where more than ``limit`` of the weights
-    would have no code. ``in`` is a multiple of 32; zeros fill the last panel.
+    would have no code. ``in`` is a multiple of 32; what fills the last panel belongs to nobody.
 
     A record: the sixteen upper bytes (four times), where each block's weights without a code begin (uint16), these as
     place in the block and value (uint16 each), to whole lines; then the blocks.
