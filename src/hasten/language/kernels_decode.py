@@ -30,7 +30,7 @@ from hasten.nn.product.denormals import flush_small, keep_small
 from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, open_narrow_tiles, run_assembly
 
-__all__ = ["PAGES", "code_for", "lanes_of"]
+__all__ = ["PAGES", "code_for", "first_key", "lanes_of", "write_row"]
 
 PAGES = 16
 """Pages of a block."""
@@ -262,7 +262,7 @@ def _fill_queries(query: Any, out: Any) -> None:
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
-def _write(sums: Any, mass: Any, out: Any) -> None:
+def write_row(sums: Any, mass: Any, out: Any) -> None:
     """out (heads * width,) = sums (heads, width) / mass (heads,)."""
     heads, width = sums.shape
     for head in range(heads):
@@ -273,7 +273,7 @@ def _write(sums: Any, mass: Any, out: Any) -> None:
 
 
 @njit(cache=True)
-def _first_key(position: Any, window: Any) -> Any:
+def first_key(position: Any, window: Any) -> Any:
     """The first key that a query at ``position`` sees."""
     return max(np.int64(0), np.int64(position) - window + 1) if window > 0 else np.int64(0)
 
@@ -318,7 +318,7 @@ def _kernel(lanes: int) -> Any:
                 top[head] = np.float32(LOWEST)
                 mass[head] = 0
                 sums[head * group : (head + 1) * group] = 0
-            least = _first_key(position, window)
+            least = first_key(position, window)
             table, last = tables[chunk_of[row]], position // PAGE
             for first in range(least // PAGE, last + 1, PAGES):
                 held = min(PAGES, last + 1 - first)
@@ -338,7 +338,7 @@ def _kernel(lanes: int) -> Any:
                 if start > last and item < end and places[item // kv_heads] >= 0:
                     ahead = item // kv_heads
                     stop, other = places[ahead] // PAGE, tables[chunk_of[ahead]]
-                    start = _first_key(places[ahead], window) // PAGE
+                    start = first_key(places[ahead], window) // PAGE
                 for page in range(held):
                     following[page] = other[min(start + page, stop)] * block_bytes
                 low, high = max(0, least - first * PAGE), min(held * PAGE, position + 1 - first * PAGE)
@@ -361,7 +361,7 @@ def _kernel(lanes: int) -> Any:
                         )  # fmt: skip
             for head in range(low_head, high_head):
                 lines = slice(head * group, (head + 1) * group)
-                _write(sums[lines], mass[head], out[row, head * group * width : (head + 1) * group * width])
+                write_row(sums[lines], mass[head], out[row, head * group * width : (head + 1) * group * width])
         _close()
         _keep(before)
 

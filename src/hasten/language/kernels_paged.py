@@ -19,7 +19,17 @@ from numba.extending import intrinsic
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, in_blocks, scaled
 
-__all__ = ["LOWEST", "PAGE", "attend_page", "exp_lanes", "floats", "larger", "paged_kernel_takes", "shuffle"]
+__all__ = [
+    "LOWEST",
+    "PAGE",
+    "attend_page",
+    "exp_lanes",
+    "floats",
+    "larger",
+    "over_lanes",
+    "paged_kernel_takes",
+    "shuffle",
+]
 
 PAGE = avx.LANES
 """Keys of a page."""
@@ -71,7 +81,7 @@ def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _over_lanes(builder: Any, vector: Any, join: Any) -> Any:
+def over_lanes(builder: Any, vector: Any, join: Any) -> Any:
     """Every lane of the result holds ``join`` of all lanes."""
     span = avx.LANES // 2
     while span:
@@ -126,13 +136,13 @@ def _score_head(
     scores = builder.fmul(_lane_sums(builder, [builder.load(place) for place in sums]), avx.splat(builder, scale))
     scores = builder.select(inside, scores, floats(LOWEST))
     before = avx.splat(builder, avx.load(builder, best, 0, _FLOAT))
-    top = larger(builder)(_over_lanes(builder, scores, larger(builder)), before)
+    top = larger(builder)(over_lanes(builder, scores, larger(builder)), before)
     faded = exp_lanes(builder, builder.fsub(before, top))
     shares = builder.select(inside, exp_lanes(builder, builder.fsub(scores, top)), floats(0.0))
     avx.store(builder, shares, weights, 0)
     avx.store(builder, _first(builder, top), best, 0)
     avx.store(builder, _first(builder, faded), fade, 0)
-    share = _over_lanes(builder, shares, builder.fadd)
+    share = over_lanes(builder, shares, builder.fadd)
     old = avx.splat(builder, avx.load(builder, total, 0, _FLOAT))
     avx.store(builder, _first(builder, avx.multiply_add(builder, old, faded, share)), total, 0)
 

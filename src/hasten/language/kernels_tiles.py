@@ -32,7 +32,7 @@ from hasten.nn.product.denormals import flush_small, keep_small
 from hasten.nn.product.dispatch import pointer
 from hasten.nn.product.tiles import close_tiles, granted, open_tiles, run_assembly
 
-__all__ = ["FIELDS", "code_of", "power", "takes"]
+__all__ = ["FIELDS", "code_of", "power", "takes", "transposed"]
 
 _PAGES = KEYS // PAGE
 _STEPS = KEYS // 32
@@ -164,7 +164,7 @@ def _ask(typing: Any, address: Any, count: Any) -> Any:
     return types.void(types.intp, types.intp), generate
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Sixteen registers of sixteen words, rows and columns exchanged."""
     lanes = range(avx.LANES)
     for span in (1, 2, 4, 8):
@@ -188,7 +188,7 @@ def _turn(typing: Any, lines: Any, steps: Any, out: Any) -> Any:
             along = scaled(builder, loop.index, LINE)
             rows = [avx.load(builder, base, along, avx.INTS, 2) for base in bases]
             target = builder.add(out, scaled(builder, loop.index, _TILE))
-            for i, row in enumerate(_transposed(builder, rows)):
+            for i, row in enumerate(transposed(builder, rows)):
                 avx.store(builder, row, target, i * LINE)
         return context.get_dummy_value()
 
@@ -275,7 +275,7 @@ def _soften(
                     builder.store(builder.fadd(builder.load(total), both), total)
                     pairs.append(builder.or_(builder.lshr(one, sixteen), two))
                 target = builder.add(weights, scaled(builder, loop.index, _TILE))
-                for i, row in enumerate(_transposed(builder, pairs)):
+                for i, row in enumerate(transposed(builder, pairs)):
                     avx.store(builder, row, target, i * LINE)
 
         with builder.if_else(builder.icmp_signed("==", own, ir.Constant(_WORD, 0))) as (alike, each):

@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hasten.nn.bfloat import FAST, load
+from hasten.nn.bfloat import FAST, float_of_bits, load
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.blocks import LINE, scaled
 from hasten.nn.product.tiles import run_assembly
@@ -27,6 +27,7 @@ STEP = 64
 """Codes of a tile's row: widths are multiples of it."""
 _TILE = 1024
 _WORD = ir.IntType(64)
+_float: Any = float_of_bits
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 
 
@@ -37,10 +38,11 @@ def _at(builder: Any, base: Any, offset: int) -> Any:
 @njit(cache=True, fastmath=FAST, error_model="numpy")
 def in_two(query: Any, high: Any, low: Any) -> Any:
     """A query (width,) as two rows of bytes; returns the scale of ``256 high + low``."""
-    top = np.float32(0.0)
+    bits = np.int32(0)
+    # bfloat16 without their signs are in the order of their bits, and the largest whole number is found in lanes.
     for i in range(len(query)):
-        top = max(top, abs(load(query[i])))
-    scale = top * np.float32(1.0 / 127)
+        bits = max(bits, np.int32(query[i]) & np.int32(0x7FFF))
+    scale = _float(np.uint32(bits) << np.uint32(16)) * np.float32(1.0 / 127)
     share = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
     for i in range(len(query)):
         x = load(query[i]) * share

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.language import kernels_decode, kernels_tiles
+from hasten.language import kernels_decode, kernels_decode_keys, kernels_tiles
 from hasten.language.config import DecoderConfig
 from hasten.language.kernels_cpu import PARALLEL_WORK, Step, cut_rows
 from hasten.language.kernels_paged import PAGE, paged_kernel_takes
@@ -40,12 +40,10 @@ class Stack:
         self._rest = rest
         self.deterministic = False
         """whether a row must have the same bits however long its chunk is"""
-        self._attend = self._merge = self._single = 0  # addresses of compiled code, where this processor has tiles
+        self._attend = self._merge = 0  # addresses of compiled code, where this processor has tiles
         if kernels_tiles.takes(PAGE, config.head_dim):
             self._attend, self._merge = (kernels_tiles.code_of(name).address for name in ("attend", "merge"))
-            lanes = kernels_decode.lanes_of(config.num_heads // config.num_kv_heads)
-            if lanes and config.head_dim % 64 == 0:
-                self._single = kernels_decode.code_for(lanes).address
+        self._singles: dict[bool, int] = {}
         self._widest = -(-max(int(matrices[..., 2].max()), int(head[2])) // 32) * 32
 
     @classmethod
@@ -87,6 +85,19 @@ class Stack:
         """Whether pages of this cache suit the attention kernel."""
         return paged_kernel_takes(cache.block_size, self._config.head_dim)
 
+    def _single(self, coded: bool) -> int:
+        """Address of the kernel of one token per row over such a cache, compiled when it is first wanted; 0: the one
+        that is called page by page."""
+        if coded not in self._singles:
+            width, group = self._config.head_dim, self._config.num_heads // self._config.num_kv_heads
+            code = None
+            if not coded and self._attend and width % 64 == 0 and kernels_decode.lanes_of(group):
+                code = kernels_decode.code_for(kernels_decode.lanes_of(group))
+            elif kernels_decode_keys.takes(PAGE, width, group, coded):
+                code = kernels_decode_keys.code_for(group, coded)
+            self._singles[coded] = 0 if code is None else code.address
+        return self._singles[coded]
+
     def step(self, residual: Tensor, step: Step, cache: Any, wanted: Tensor) -> Tensor:
         """residual (rows, hidden) float32, overwritten; wanted (n,) rows -> logits (n, vocabulary) float32."""
         from hasten.language.kernels_stack import run_stack, threads
@@ -100,7 +111,7 @@ class Stack:
         work = step.work * heads * config.head_dim * 2
         tables = np.ascontiguousarray(step.tables)
         coded = cache.precision == "int8"
-        code = np.array([0, 0, 0 if coded else self._single], np.int64)
+        code = np.array([0, 0, self._single(coded)], np.int64)
         items, merges, states, cuts = _NO_ITEMS, _NO_ITEMS, _NO_STATES, _NONE
         near, shares = step.places, _NONE
         rows = len(step.places) * kv_heads
