@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hasten.cli.main import app
@@ -36,6 +37,22 @@ def test_a_scheme(text, tmp_path):
     assert set(told["widths"].values()) == {4, 16}
     answer = load(out).generate("import ", max_tokens=3)
     assert answer.completion_tokens == 3 if hasattr(answer, "completion_tokens") else answer.text
+
+
+def test_rounding_to_nearest_uses_the_text_too(text, tmp_path):
+    kept = {}
+    for name, words in {"plain": (), "fitted": ("--data", text, "--sequences", 8)}.items():
+        out = tmp_path / name
+        done = run("pycode-draft-0.7m", "--scheme", "w3a16", "--round", *words, "--out", out, "--json")
+        assert done.exit_code == 0, done.output
+        assert ("FitRanges" in (out / "recipe.yaml").read_text()) == (name == "fitted")
+        kept[name] = load(out, dtype="auto")
+    ids = kept["plain"].tokenizer.encode(text.read_text())[:600]
+    rows = torch.tensor(ids).view(3, -1)
+    with torch.no_grad():
+        exact = load("pycode-draft-0.7m").decoder.float()(rows)
+        errors = {n: float((m.decoder.float()(rows) - exact).square().mean()) for n, m in kept.items()}
+    assert errors["fitted"] < 0.8 * errors["plain"]
 
 
 def test_keeping_a_quality(text, tmp_path, monkeypatch):

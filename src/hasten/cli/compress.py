@@ -32,7 +32,11 @@ def compress(
         list[str] | None, typer.Option("--skip", help="Patterns of layers to leave; lm_head if none is given.")
     ] = None,
     gptq: Annotated[
-        bool, typer.Option("--gptq/--round", help="Error-compensated rounding, where there is text.")
+        bool,
+        typer.Option(
+            "--gptq/--round",
+            help="With --data: error-compensated rounding (the default), or to nearest in ranges fitted to the text.",
+        ),
     ] = True,
     tokens: Annotated[int, typer.Option("--tokens", help="With --keep: rows that a layer sees in a step.")] = 1,
     technique: Annotated[

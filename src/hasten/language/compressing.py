@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hasten.compress.quantize import Gptq, Int, PerChannel, PerGroup, Quantize
+from hasten.compress.quantize import FitRanges, Gptq, Int, PerChannel, PerGroup, Quantize
 from hasten.compress.quantize.augmented import AugmentedHessian
 from hasten.compress.quantize.bisect import BisectPrecision
 from hasten.compress.quantize.layer_latency import layer_latency
@@ -176,13 +176,14 @@ def by_scheme(
     model: LanguageModel, scheme: str, sample: TextSample | None = None, *, skip: Sequence[str] = ("lm_head",),
     gptq: bool = True, progress: Progress | None = None,
 ) -> Compressed:  # fmt: skip
-    """Every matrix at ``scheme`` (W8A8, W4A16, NF4, …), with GPTQ where there is text; ``skip``: patterns of layers.
+    """Every matrix at ``scheme`` (W8A8, W4A16, NF4, …); ``skip``: patterns of layers.
 
+    Where there is text, rounding is GPTQ's, with ``gptq=False`` to nearest in ranges fitted to the layers' outputs.
     Perplexity is that of the simulated model, which the runtime's kernels follow up to the bytes of their activations.
     """
     told = progress or (lambda stage, share: None)
     decoder = float_decoder(model)
-    steps = [Gptq()] if gptq and sample is not None else []
+    steps = [Gptq() if gptq else FitRanges()] if sample is not None else []
     technique = Quantize.scheme(scheme, skip=_present(decoder, skip), steps=steps, real="never")
     calibration = list(sample.calibration) if sample is not None else None
     small = technique(decoder, calibration, progress=lambda s, x: told(s, 0.9 * x))

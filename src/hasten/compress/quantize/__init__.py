@@ -3,6 +3,7 @@
 from hasten.compress.quantize.aware import QuantizeAware
 from hasten.compress.quantize.compare import ModelComparison, compare
 from hasten.compress.quantize.equalise import Equalise
+from hasten.compress.quantize.fitted import FitRanges
 from hasten.compress.quantize.fold import FoldBatchNorm, fold_batch_norm
 from hasten.compress.quantize.formats import (
     FP8_E4M3,
@@ -53,6 +54,7 @@ __all__ = [
     "Equalise",
     "FP8_E4M3",
     "FP8_E5M2",
+    "FitRanges",
     "FoldBatchNorm",
     "Format",
     "Gptq",
