@@ -1,8 +1,9 @@
-"""Linear layers through torch's CPU kernels and our own, and a measured table of which one is fastest.
+"""Linear layers through torch's kernels and our own, and a measured table of which one is fastest on a device.
 
 No kernel wins everywhere: a packed bf16 weight is best for one shape and batch, int8 with int8 activations for another,
 and a 4-bit weight may lose outright at 16 tokens. So the choice is measured, per (out, in) and number of tokens,
-with all candidates interleaved in one run; the table is filed under the machine's fingerprint.
+with all candidates interleaved in one run; the table is filed under the machine's fingerprint, that of a GPU under its
+name (:mod:`hasten.compress.kernels_cuda`).
 
 Each kernel states the relative error of its result against float32 for normally distributed weights and inputs,
 ``‖y - x Wᵀ‖ / ‖x Wᵀ‖``; the tests hold it.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = [
     "fastest",
     "kernel",
     "measure_kernels",
+    "quantise_groups",
     "quantized_product",
 ]
 
@@ -52,7 +54,7 @@ def _quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8), scale
 
 
-def _quantise_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Affine 4-bit per group of inputs: codes int32 (out, in) in 0 … 15, scale and offset (in / group, out).
 
     A code q stands for ``(q - 8) * scale + offset``. Scale and offset are rounded to bf16 first, since that is what the
@@ -107,7 +109,7 @@ def _run_rows_dynamic(x: Tensor, packed: Packed) -> Tensor:
 
 def _pack_groups(group: int) -> Callable[[Tensor], Packed]:
     def pack(weight: Tensor) -> Packed:
-        codes, scale, offset = _quantise_groups(weight, group)
+        codes, scale, offset = quantise_groups(weight, group)
         stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         both = torch.stack([scale, offset], dim=-1).to(torch.bfloat16).contiguous()
         return Packed((stored, both), (weight.shape[0], weight.shape[1]), group)
@@ -132,13 +134,40 @@ def _sixteens(out: int, inner: int) -> bool:
     return out % 16 == 0 and inner % 32 == 0
 
 
-@lru_cache(maxsize=1)
-def available() -> list[LinearKernel]:
-    """The kernels that work on this machine: each has computed a small product within its error bound.
+Place = str | torch.device
 
-    The first call takes a few milliseconds; the list is the same afterwards.
+
+def available(device: Place = "cpu") -> list[LinearKernel]:
+    """The kernels that work on ``device``: each has computed a small product within its error bound.
+
+    The first call takes a few milliseconds on the CPU, and on a GPU what compiling takes; the list is the same
+    afterwards. Raises :class:`~hasten.errors.ConfigurationError` for a device that is not here.
     """
-    candidates = [
+    return _available(_placed(device))
+
+
+@lru_cache(maxsize=32)
+def _placed(device: Place) -> torch.device:
+    """The device with its number. Raises :class:`~hasten.errors.ConfigurationError` where there is none such."""
+    if str(device) == "cpu":
+        return torch.device("cpu")
+    from hasten.measure.device import resolve
+
+    return resolve(str(device)) if str(device) != "cuda" else torch.device(resolve("cuda").type, 0)
+
+
+@lru_cache(maxsize=8)
+def _available(device: torch.device) -> list[LinearKernel]:
+    if device.type == "cuda":
+        from hasten.compress.kernels_cuda import cuda_kernels
+
+        tried: dict[tuple[str, ...], bool] = {}
+        return [k for k in cuda_kernels() if _works(k, device, tried)]
+    return [k for k in _cpu_kernels() if _works(k, device)]
+
+
+def _cpu_kernels() -> list[LinearKernel]:
+    return [
         LinearKernel("fp32", "fp32", error=1e-5, **_plain(torch.float32)),
         LinearKernel("bf16", "bf16", error=6e-3, **_plain(torch.bfloat16)),
         LinearKernel(
@@ -182,29 +211,43 @@ def available() -> list[LinearKernel]:
             for group in GROUP_SIZES
         ),
     ]
-    return [k for k in candidates if _works(k)]
 
 
-def _works(candidate: LinearKernel) -> bool:
+def _works(candidate: LinearKernel, device: torch.device, tried: dict[tuple[str, ...], bool] | None = None) -> bool:
+    """Whether a small product is within the bound; ``tried`` holds what is known of kernels that differ only in the
+    group."""
+    kind = tuple(part for part in candidate.name.split("-") if part != f"g{candidate.group}")
+    if tried is not None and kind in tried:
+        return tried[kind]
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 256, generator=generator), torch.randn(4, 256, generator=generator)
+    weight = torch.randn(64, 256, generator=generator).to(device)
+    x = torch.randn(4, 256, generator=generator).to(device)
+    # A compiler says in its own ways that a processor lacks an instruction; on the CPU only torch refuses.
+    refusals = (RuntimeError, NotImplementedError, AttributeError) if device.type == "cpu" else (Exception,)
     try:
         got = candidate.run(x, candidate.pack(weight))
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
-    expected = x @ weight.t()
-    return bool((got - expected).norm() <= 2 * candidate.error * expected.norm())
+        expected = x @ weight.t()
+        works = bool((got - expected).norm() <= 2 * candidate.error * expected.norm())
+    except refusals:
+        works = False
+    if tried is not None:
+        tried[kind] = works
+    return works
 
 
-def kernel(name: str) -> LinearKernel:
-    """The kernel ``name``; raises :class:`~hasten.errors.ConfigurationError` where this machine lacks it."""
-    for candidate in available():
+def kernel(name: str, device: Place = "cpu") -> LinearKernel:
+    """The kernel ``name``; raises :class:`~hasten.errors.ConfigurationError` where ``device`` lacks it."""
+    for candidate in available(device):
         if candidate.name == name:
             return candidate
-    raise ConfigurationError(f"no kernel {name!r} here; this machine has {', '.join(k.name for k in available())}")
+    here = "here" if str(device) == "cpu" else f"on {device}"
+    raise ConfigurationError(
+        f"no kernel {name!r} {here}; this machine has {', '.join(k.name for k in available(device))}"
+    )
 
 
-_TABLE: dict[str, dict[str, float]] = {}
+Table = dict[str, dict[str, float]]
+_TABLES: dict[str, Table] = {}
 _LOADED_FROM: list[str] = []
 
 
@@ -214,20 +257,24 @@ def _fingerprint(threads: int) -> str:
     return Machine.detect().hash
 
 
-def _table_path() -> Path:
+def _table_path(device: torch.device | None = None) -> Path:
+    if device is not None and device.type == "cuda":
+        from hasten.compress.kernels_cuda import table_name
+
+        return cache_folder() / "kernels" / f"{table_name(device)}-v{_VERSION}.json"
     return cache_folder() / "kernels" / f"{_fingerprint(torch.get_num_threads())}-v{_VERSION}.json"
 
 
-def _load_table() -> Path:
-    """Read the cached table once per place; a broken file counts as empty."""
-    path = _table_path()
-    if [str(path)] != _LOADED_FROM:
-        _LOADED_FROM[:] = [str(path)]
-        _TABLE.clear()
+def _load_table(device: torch.device) -> tuple[Path, Table]:
+    """The cached table of a device, read once per place; a broken file counts as empty."""
+    path = _table_path(device)
+    if str(path) not in _LOADED_FROM:
+        _LOADED_FROM.append(str(path))
+        table = _TABLES[str(path)] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             for key, row in json.loads(path.read_text()).items():
-                _TABLE[str(key)] = {str(n): float(t) for n, t in row.items()}
-    return path
+                table[str(key)] = {str(n): float(t) for n, t in row.items()}
+    return path, _TABLES[str(path)]
 
 
 def measure_kernels(
@@ -240,6 +287,7 @@ def measure_kernels(
     copies_bytes: int = 64 * 2**20,
     protocol: Protocol | None = None,
     inputs: torch.dtype = torch.bfloat16,
+    device: Place = "cpu",
 ) -> dict[str, float]:
     """Seconds per call (the best of several) of each kernel in ``names`` for weights (out, in) and ``tokens`` rows;
     cached.
@@ -247,31 +295,37 @@ def measure_kernels(
     ``inputs`` is what the rows of the model are: those of a float32 model are converted for a kernel that reads
     bfloat16 and its results are converted back, which counts. On a busy machine the figures are used by this process
     but not kept. Kernels run interleaved, each over enough copies of the weight (``copies_bytes`` in all) that it comes
-    from memory as it does in a model, and not from a cache.
+    from memory as it does in a model, and not from a cache. On a GPU they run as graphs, as they do in the engine: what
+    a launch costs the host is not in the figure.
     """
-    path = _load_table()
+    where = _placed(device)
+    path, table = _load_table(where)
     key = f"{shape[0]}x{shape[1]}x{tokens}{'xfloat32' if inputs == torch.float32 else ''}"
-    row = _TABLE.setdefault(key, {})
-    wanted = [n for n in names if kernel(n).supports(*shape)]
+    row = table.setdefault(key, {})
+    wanted = [n for n in names if kernel(n, where).supports(*shape)]
     if refresh or any(n not in row for n in wanted):
-        row.update(_measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol, inputs))
-        if not busy():
+        row.update(
+            _measure_row(shape, tokens, wanted, clock or MonotonicClock(), copies_bytes, protocol, inputs, where)
+        )
+        if where.type == "cuda" or not busy():
             with contextlib.suppress(DataError):
-                write_text(path, json.dumps(_TABLE) + "\n")
+                write_text(path, json.dumps(table) + "\n")
     return {n: row[n] for n in wanted}
 
 
 def _measure_row(
     shape: tuple[int, int], tokens: int, names: Sequence[str], clock: Clock, size: int, protocol: Protocol | None,
-    inputs: torch.dtype,
+    inputs: torch.dtype, device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(*shape, generator=generator) * shape[1] ** -0.5
-    x = torch.randn(tokens, shape[1], generator=generator).to(torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(*shape, generator=generator, device=device) * shape[1] ** -0.5
+    x = torch.randn(tokens, shape[1], generator=generator, device=device).to(torch.bfloat16)
+    if device.type == "cuda":
+        size = max(size, 3 * torch.cuda.get_device_properties(device).L2_cache_size)
     calls: dict[str, Callable[[], object]] = {}
     counts: dict[str, int] = {}
     for name in names:
-        candidate = kernel(name)
+        candidate = kernel(name, device)
         first = candidate.pack(weight)
         counts[name] = max(1, min(32, size // max(first.bytes, 1)))
         packs = [first, *(candidate.pack(weight) for _ in range(counts[name] - 1))]
@@ -279,7 +333,13 @@ def _measure_row(
         calls[name] = _sweep(candidate, given, packs)
     rules = protocol or Protocol(warmup=1, warmup_time=0.0, min_samples=7, min_time=0.03, max_time=4.0)
     with torch.inference_mode():
-        result = compare(calls, rules, clock=clock)
+        barrier = None
+        if device.type == "cuda":
+            from hasten.compress.kernels_cuda import captured
+
+            calls = {name: captured(call, device) for name, call in calls.items()}
+            barrier = partial(torch.cuda.synchronize, device)
+        result = compare(calls, rules, clock=clock, synchronise=barrier)
     # The minimum: a neighbour on the machine only ever adds time, and the ranking is what is wanted.
     return {n: s.summary.minimum / counts[n] for n, s in result.samples.items()}
 
@@ -299,6 +359,7 @@ def fastest(
     clock: Clock | None = None,
     *,
     names: Sequence[str] | None = None,
+    device: Place = "cpu",
 ) -> str:
     """Name of the fastest kernel for weights ``shape`` = (out, in) and ``tokens`` rows among ``precisions``.
 
@@ -307,9 +368,9 @@ def fastest(
     :class:`~hasten.errors.ConfigurationError` when no kernel of these precisions takes the shape.
     """
     wanted = set(precisions)
-    pool = [k.name for k in available() if k.precision in wanted and k.supports(*shape)]
+    pool = [k.name for k in available(device) if k.precision in wanted and k.supports(*shape)]
     if names is None:
-        pool = [n for n in pool if not n.startswith("int4") or n == "int4-g32"]
+        pool = [n for n in pool if not n.startswith("int4") or n == "int4-g32" or n.startswith("int4-g32-")]
     else:
         pool = [n for n in pool if n in names]
     if not pool:
@@ -318,7 +379,7 @@ def fastest(
         )
     if len(pool) == 1:
         return pool[0]
-    times = measure_kernels(shape, tokens, pool, clock=clock)
+    times = measure_kernels(shape, tokens, pool, clock=clock, device=device)
     return min(times, key=lambda n: times[n])
 
 
@@ -330,7 +391,8 @@ _BRIEF = Protocol(warmup=1, warmup_time=0.0, min_samples=5, min_time=0.0, max_ti
 def quantized_product(
     weight: Tensor, precision: str, bias: Tensor | None = None, *, group: int = 32, clock: Clock | None = None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
-    """``x (rows, in) -> x Wᵀ + bias (rows, out)`` for a weight (out, in) stored in int8 or int4, and its bytes.
+    """``x (rows, in) -> x Wᵀ + bias (rows, out)`` for a weight (out, in) stored in int8 or int4 (on a GPU fp8 too), on
+    the device of the weight, and its bytes.
 
     Our own kernel where the processor has its instructions. Elsewhere the kernels of a precision share one stored
     weight, so the fastest is chosen at each call by the number of rows, from a brief measurement at packing (cached). A
@@ -338,8 +400,12 @@ def quantized_product(
     the bytes tell. ``group`` is the number of inputs that share an int4 scale. Raises
     :class:`~hasten.errors.ConfigurationError` for another precision.
     """
-    if precision not in ("int8", "int4"):
-        raise ConfigurationError(f"precision {precision!r} is not quantised; give int8 or int4")
+    if precision not in ("int8", "int4") and (precision != "fp8" or weight.device.type != "cuda"):
+        raise ConfigurationError(f"precision {precision!r} is not quantised; give int8 or int4, or fp8 on a GPU")
+    if weight.device.type == "cuda":
+        from hasten.compress.kernels_cuda import lay_out_at, product
+
+        return product(lay_out_at(weight, precision, group), precision, bias)
     if takes(precision, *weight.shape) and (precision == "int8" or group == 32):
         ours, _, num_bytes = panel_product(weight, precision, bias)
         return lambda x: ours(x.to(torch.bfloat16).contiguous()).to(x.dtype), num_bytes
@@ -361,9 +427,9 @@ def quantized_product(
         runs.append(kernel(best).run)
     few, some, many = runs
 
-    def product(x: Tensor) -> Tensor:
+    def chosen(x: Tensor) -> Tensor:
         rows = x.shape[0]
         result = (few if rows <= 4 else some if rows <= 48 else many)(x, packed)
         return result if offset is None else result + offset.to(result.dtype)
 
-    return product, packed.bytes
+    return chosen, packed.bytes

@@ -58,6 +58,8 @@ class LinearKernel:
     """bound of the relative error against float32, see the module"""
     supports: Callable[[int, int], bool]
     """(out, in) -> whether the kernel takes such a weight"""
+    group: int = 0
+    """inputs that share a scale; 0 where a row does, or where the name alone says it"""
 
     def __repr__(self) -> str:
         return f"LinearKernel({self.name!r})"

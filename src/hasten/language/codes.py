@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from hasten.compress.quantize.base import Quantized
 
-__all__ = ["joined"]
+__all__ = ["joined", "moved"]
+
+
+def moved(weight: Quantized, device: torch.device) -> Quantized:
+    """The same codes on ``device``."""
+    zeros = None if weight.zeros is None else weight.zeros.to(device)
+    return replace(weight, codes=weight.codes.to(device), scales=weight.scales.to(device), zeros=zeros)
 
 
 def joined(parts: list[Tensor | Quantized]) -> Tensor | Quantized:

@@ -10,6 +10,7 @@ the mode is deterministic.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.compress.panels import takes
+from hasten.compress.quantize.base import Quantized
 from hasten.errors import CacheError, ConfigurationError
-from hasten.language.codes import joined
+from hasten.language.codes import joined, moved
 from hasten.language.config import DecoderConfig
 from hasten.language.decoder import rotary_tables, route
-from hasten.language.linear import PackedLinear, best_precision, pack
+from hasten.language.linear import PackedLinear, best_precision, pack, runs_as_stored
 from hasten.language.pages import KVCache, checked, row_bytes, rows_of, widened
 from hasten.language.ragged import RaggedBatch
 from hasten.nn import causal_mask
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from hasten.language.placement import PlacedStep
 
 __all__ = ["Executor", "KVCache"]
+
+_log = logging.getLogger("hasten.language")
 
 _LONG = 32
 """Rows of a chunk from which torch's flash kernel beats the row-wise one."""
@@ -122,6 +126,7 @@ class Executor:
         self._ops = _operations_of(self.device)
         self._gpu: Any = None
         self._has_codes = False
+        self._unread: set[str] = set()
         self.weight_bytes = 0
         self._load(read, progress)
 
@@ -142,8 +147,8 @@ class Executor:
             # The output matrix decides between near-equal tokens, so it does not go below 8 bits; with a scale for
             # each 128 inputs of a row these cost 0.0001 bits per byte on pycode-4m. Other kernels keep 16.
             precision = self.precision
-            if precision in ("int8", "int4") or self._has_codes:
-                precision = "int8" if self.device.type == "cpu" and takes("int8", *head.shape) else "bf16"
+            if precision in ("int8", "int4", "fp8") or self._has_codes:
+                precision = "int8" if self._runs_bytes(head) else "bf16"
             self._head = self._pack(head, precision)
             self._embed = self._embedding(embedding)
             constant = self._ops.constant
@@ -204,7 +209,8 @@ class Executor:
     def _pack(self, weight: Any, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
         if not isinstance(weight, Tensor):  # codes, as the folder stores them
             self._has_codes = True
-            weight = weight if self.device.type == "cpu" else weight.dequantize()
+            weight = moved(weight, self.device)
+            self._told(weight)
         packed = pack(
             weight.to(self.device) if isinstance(weight, Tensor) else weight,
             precision or self.precision,
@@ -213,6 +219,21 @@ class Executor:
         )
         self.weight_bytes += packed.num_bytes
         return packed
+
+    def _runs_bytes(self, matrix: Tensor) -> bool:
+        """Whether a kernel of this device runs the matrix in 8 bits."""
+        if self.device.type == "cpu":
+            return takes("int8", *matrix.shape)
+        return self._ops.__name__.endswith("kernels_triton")
+
+    def _told(self, weight: Quantized) -> None:
+        """Say once of each format that no kernel of the device runs it as it is stored."""
+        if self.device.type == "cpu" or runs_as_stored(weight, self.device):
+            return
+        label = weight.format.label
+        if label not in self._unread:
+            self._unread.add(label)
+            _log.warning("matrices in %s have no kernel on %s; they run in %s", label, self.device, self.dtype)
 
     def _read_layer(self, read: Read, index: int) -> _Layer:
         config = self.config

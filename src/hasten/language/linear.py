@@ -4,7 +4,8 @@ A weight (out, in) is read once per step whatever the number of rows, so up to s
 bytes of its weight. Our own kernels (:mod:`hasten.nn.product`) take one row and a thousand from the same layout, and a
 row's bits do not depend on the others; large matrices in bfloat16 take 12 bits a weight there, without loss. Where the
 processor lacks their instructions, and in float32, oneDNN multiplies: in deterministic mode always sixteen rows, and
-bfloat16 at least four, which it reads faster than one (measured on AVX-512: 27 GB/s for one row, 37 for four).
+bfloat16 at least four, which it reads faster than one (measured on AVX-512: 27 GB/s for one row, 37 for four). On a GPU
+codes of 8 and 4 bits and FP8 stay codes in its memory (:mod:`hasten.compress.kernels_cuda`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from hasten.compress.panels import codes_product, panel_product, short_product, 
 from hasten.compress.quantize.base import Quantized
 from hasten.errors import ConfigurationError
 from hasten.nn.product import tiles
+from hasten.nn.product.instructions import pairs_as_floats
 
-__all__ = ["PRECISIONS", "PackedLinear", "best_precision", "pack"]
+__all__ = ["PRECISIONS", "PackedLinear", "best_precision", "pack", "runs_as_stored"]
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
-"""Precisions of the weights in the runtime."""
+"""Precisions of the weights in the runtime; a GPU has fp8 too."""
 
 _FEWEST = 4
 _TILE = 16
@@ -90,13 +92,18 @@ def pack(
     Codes are laid out as they are, whatever the precision, where a kernel runs them; else what they stand for is packed
     at ``precision``. Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
     """
+    at = weight.codes.device if isinstance(weight, Quantized) else weight.device
+    if isinstance(weight, Quantized) and at.type != "cpu" and not runs_as_stored(weight, at):
+        weight, precision = weight.dequantize(), "fp32" if precision == "fp32" else "bf16"
+    if at.type == "cuda" and (isinstance(weight, Quantized) or precision in ("int8", "int4", "fp8")):
+        return _on_gpu(weight, precision, bias)
     if isinstance(weight, Quantized):
         out_features, in_features = weight.shape
         scales = weight.scales.reshape(out_features, -1) if weight.zeros is None and _integer(weight) else None
         found = None if scales is None else codes_product(weight.codes, scales, weight.format.bits, bias)
         if found is not None:
             kind, product, packed, num_bytes = found
-            kind = _with_tiles(kind, in_features, deterministic)
+            kind = _for_many_rows(kind, in_features, deterministic)
             return PackedLinear(
                 product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
             )
@@ -105,7 +112,7 @@ def pack(
     if weight.device.type == "cpu" and takes(precision, out_features, in_features):
         short = short_product(weight, bias, fixed=deterministic) if precision == "bf16" else None
         product, packed, num_bytes = short or panel_product(weight, precision, bias, fixed=deterministic)
-        kind = _with_tiles("bf12" if short else precision, in_features, deterministic)
+        kind = _for_many_rows("bf12" if short else precision, in_features, deterministic)
         return PackedLinear(
             product, in_features, out_features, num_bytes, packed=(kind, *packed, out_features, in_features)
         )
@@ -121,15 +128,40 @@ def pack(
 
         product, num_bytes = quantized_product(weight, precision, bias)
         return PackedLinear(product, in_features, out_features, num_bytes, tile)
+    if precision == "fp8":
+        raise ConfigurationError("fp8 runs on a GPU; on the CPU choose int8")
     raise ConfigurationError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
 
 
-def _with_tiles(precision: str, inputs: int, deterministic: bool) -> str:
-    """The kernel of the stack for a precision: with matrix tiles where the processor has them and bits may differ."""
-    suits = {"bf16": not deterministic, "bf12": not deterministic, "int8": tiles.takes_bytes(inputs)}.get(
-        precision, False
-    )
-    return f"{precision}-tiles" if suits and tiles.granted() else precision
+def runs_as_stored(weight: Quantized, device: torch.device) -> bool:
+    """Whether a GPU has a kernel for these codes; what they stand for is packed where not."""
+    from hasten.compress.device_codes import readable
+    from hasten.compress.kernels_triton import triton
+
+    return device.type == "cuda" and triton is not None and readable(weight)
+
+
+def _on_gpu(weight: Tensor | Quantized, precision: str, bias: Tensor | None) -> PackedLinear:
+    """Codes in the memory of a GPU: those given, or of a weight at ``precision``."""
+    from hasten.compress.device_codes import packed_of
+    from hasten.compress.kernels_cuda import lay_out_at, product
+
+    found = packed_of(weight) if isinstance(weight, Quantized) else (precision, lay_out_at(weight, precision))
+    assert found is not None
+    call, num_bytes = product(found[1], found[0], bias)
+    return PackedLinear(call, found[1].shape[1], found[1].shape[0], num_bytes)
+
+
+def _for_many_rows(precision: str, inputs: int, deterministic: bool) -> str:
+    """The kernel of the stack for a precision: with matrix tiles where the processor has them, else bfloat16 through
+    float32 where that is quicker, and bits may differ."""
+    exact = precision == "int8"  # sums of bytes are the same either way
+    if deterministic and not exact:
+        return precision
+    if tiles.granted():
+        suits = tiles.takes_bytes(inputs) if exact else precision in ("bf16", "bf12")
+        return f"{precision}-tiles" if suits else precision
+    return f"{precision}-floats" if precision in ("bf16", "bf12") and pairs_as_floats() else precision
 
 
 def _integer(weight: Quantized) -> bool:
