@@ -15,6 +15,7 @@ from hasten.compress import kernels_cuda
 from hasten.compress import kernels_triton as ours
 from hasten.compress.kernels_triton import Tiling
 from hasten.compress.quantize import FP8_E4M3, Int, MiniFloat, PerChannel, PerGroup, PerTensor
+from hasten.compress.quantize.device import packed_of, readable
 
 if ours.triton is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -47,7 +48,7 @@ def numbers(*shape, seed=0):
 
 
 def laid_out(fmt, weight):
-    found = layout.packed_of(fmt.quantize(weight))
+    found = packed_of(fmt.quantize(weight))
     assert found is not None
     return found[1]
 
@@ -64,7 +65,7 @@ def near(found, expected, bound):
 def test_the_layout_stands_for_the_codes(name, outs, inner, seed):
     weight = numbers(outs, inner, seed=seed)
     quantized = FORMATS[name].quantize(weight)
-    precision, packed = layout.packed_of(quantized)
+    precision, packed = packed_of(quantized)
     assert precision == ("fp8" if "fp8" in name else "int4" if "4" in name and inner > 0 else "int8")
     assert torch.equal(layout.opened(packed), quantized.dequantize())
     given_codes = quantized.codes.view(torch.float8_e4m3fn) if precision == "fp8" else quantized.codes
@@ -103,7 +104,7 @@ def test_whole_numbers_come_out_exactly(name, rows):
     if name == "fp8":  # 1, 2, … 16 with both signs
         codes = torch.tensor([2.0 ** (i % 5) * (-1) ** i for i in range(96)]).to(torch.float8_e4m3fn).view(torch.uint8)
         codes = codes.expand(48, 96).contiguous().to(DEVICE)
-    packed = layout.packed_of(type(quantized)(codes, ones, quantized.zeros, fmt))[1]
+    packed = packed_of(type(quantized)(codes, ones, quantized.zeros, fmt))[1]
     x = torch.randint(-8, 9, (rows, 96), generator=torch.Generator().manual_seed(rows)).float().to(DEVICE)
     expected = (x.double() @ layout.opened(packed).double().t()).float()
     bias = torch.arange(48, device=DEVICE).float()
@@ -177,10 +178,10 @@ def test_what_no_kernel_reads_is_said():
     refused = (Int(8, PerChannel(1)), Int(12, PerChannel(0)), Int(8, PerGroup(1, 24)), MiniFloat(2, 1).per_group(32))
     for fmt in refused:
         quantized = fmt.quantize(weight)
-        assert not layout.readable(quantized)
-        assert layout.packed_of(quantized) is None
+        assert not readable(quantized)
+        assert packed_of(quantized) is None
     for fmt in FORMATS.values():
-        assert layout.readable(fmt.quantize(weight))
+        assert readable(fmt.quantize(weight))
 
 
 @pytest.mark.parametrize("precision", kernels_cuda.PRECISIONS)

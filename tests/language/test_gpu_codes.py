@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hasten.compress.device_codes import opened, packed_of, readable
+from hasten.compress.device_codes import opened
 from hasten.compress.kernels_cuda import lay_out_at, product
 from hasten.compress.quantize import Quantize
 from hasten.compress.quantize.base import Quantized
+from hasten.compress.quantize.device import packed_of, readable
 from hasten.errors import ConfigurationError, MissingExtraError
 from hasten.language import executor as executors
 from hasten.language import kernels_triton, load

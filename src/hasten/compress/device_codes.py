@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from hasten.compress.packed import Packed
-from hasten.compress.quantize.base import Quantized
-from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor
-from hasten.compress.quantize.integer import Int
-from hasten.compress.quantize.minifloat import FP8_E4M3, MiniFloat
 
 __all__ = [
+    "CHUNK",
     "Codes",
     "codes_in",
     "float8_rows",
@@ -27,12 +24,10 @@ __all__ = [
     "int8_rows",
     "lay_out",
     "opened",
-    "packed_of",
-    "readable",
     "stored",
 ]
 
-_CHUNK = 16
+CHUNK = 16
 """bytes that a thread loads at once"""
 _LINE = 32
 """bytes to whole numbers of which a row is filled up"""
@@ -73,14 +68,14 @@ def _filled(codes: Tensor, size: int) -> Tensor:
 
 def _halves(codes: Tensor) -> Tensor:
     """int8 codes -8 … 7 (out, in) -> uint8 (out, bytes), see the module."""
-    chunks = _filled(codes, 2 * _LINE).view(codes.shape[0], -1, 2, _CHUNK).view(torch.uint8) + 8
+    chunks = _filled(codes, 2 * _LINE).view(codes.shape[0], -1, 2, CHUNK).view(torch.uint8) + 8
     both = (chunks[:, :, 0] & 15) | (chunks[:, :, 1] << 4)
     return both.reshape(codes.shape[0], -1).contiguous()
 
 
 def _unfolded(line: Tensor, inner: int) -> Tensor:
     """The inverse of :func:`_halves`."""
-    both = line.view(line.shape[0], -1, 1, _CHUNK)
+    both = line.view(line.shape[0], -1, 1, CHUNK)
     codes = torch.cat([both & 15, both >> 4], 2).reshape(line.shape[0], -1)[:, :inner]
     return codes.to(torch.int8) - 8
 
@@ -163,56 +158,3 @@ def stored(packed: Packed) -> Tensor:
     """The codes (out, in) as they were given to :func:`lay_out`."""
     held, inner = codes_in(packed), packed.shape[1]
     return _unfolded(held.codes, inner) if held.four else held.codes[:, :inner].contiguous()
-
-
-def _is_float8(fmt: object) -> bool:
-    """Whether a code is the byte of torch's float8_e4m3fn."""
-    wanted = (FP8_E4M3.e, FP8_E4M3.m, FP8_E4M3.bias, FP8_E4M3.signed, FP8_E4M3.special)
-    return isinstance(fmt, MiniFloat) and (fmt.e, fmt.m, fmt.bias, fmt.signed, fmt.special) == wanted
-
-
-def packed_of(weight: Quantized) -> tuple[str, Packed] | None:
-    """A stored matrix (out, in) in the layout, on its own device and without rounding: precision and codes.
-
-    Integers of up to 4 bits become ``int4``, of up to 8 bits ``int8``, FP8 (E4M3) ``fp8``; None where no kernel reads
-    the format (codebooks, other floats) or its groups.
-    """
-    found = _kind(weight)
-    if found is None:
-        return None
-    precision, group = found
-    out, inner = weight.shape
-    groups = -(-inner // group) if group else 1
-    scales = weight.scales.reshape(-1, groups).expand(out, groups)
-    if precision == "fp8":
-        return precision, lay_out(weight.codes.contiguous().view(torch.float8_e4m3fn), scales, group=group)
-    zeros = None if weight.zeros is None else weight.zeros.reshape(-1, groups).expand(out, groups)
-    codes = weight.codes.to(torch.int8)
-    return precision, lay_out(codes, scales, zeros, group=group, four=precision == "int4")
-
-
-def readable(weight: Quantized) -> bool:
-    """Whether :func:`packed_of` takes it."""
-    return _kind(weight) is not None
-
-
-def _kind(weight: Quantized) -> tuple[str, int] | None:
-    """Precision and inputs of a scale (0 for a row), or None."""
-    inner, fmt, granularity = weight.shape[1], weight.format, weight.format.granularity
-    group = 0
-    if isinstance(granularity, PerGroup):
-        if granularity.axis not in (1, -1):
-            return None
-        group = 0 if granularity.size >= inner else granularity.size
-    elif isinstance(granularity, PerChannel):
-        if granularity.axis not in (0, -2):
-            return None
-    elif not isinstance(granularity, PerTensor):
-        return None
-    if group % _CHUNK:
-        return None
-    if _is_float8(fmt):
-        return "fp8", group
-    if not isinstance(fmt, Int) or fmt.bits > 8:
-        return None
-    return ("int4" if fmt.bits <= 4 and group % (2 * _CHUNK) == 0 else "int8"), group

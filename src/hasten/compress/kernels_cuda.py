@@ -21,7 +21,18 @@ from hasten.compress.packed import LinearKernel, Packed
 from hasten.errors import MissingExtraError
 from hasten.measure.latency import Protocol
 
-__all__ = ["GROUP_SIZES", "PRECISIONS", "captured", "cuda_kernels", "family", "lay_out_at", "product", "table_name"]
+__all__ = [
+    "GROUP_SIZES",
+    "PRECISIONS",
+    "captured",
+    "choices",
+    "cuda_kernels",
+    "family",
+    "lay_out_at",
+    "product",
+    "table_name",
+    "way_for",
+]
 
 GROUP_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("int8", "int4", "fp8")
@@ -189,19 +200,17 @@ def product(packed: Packed, precision: str, bias: Tensor | None = None) -> tuple
     captured in a graph. One call at a time may use a weight.
     """
     needs_triton(precision)
-    choice = _choice(packed, precision)
+    choice = choices(packed, precision)
     offset = None if bias is None else bias.detach().clone().contiguous()
-    limits = sorted(choice)
-
-    def run(x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        limit = next((n for n in limits if rows <= n), limits[-1])
-        return _RUNS[choice[limit]](x, packed, offset)
-
-    return run, packed.bytes
+    return lambda x: way_for(choice, x.shape[0])(x, packed, offset), packed.bytes
 
 
-def _choice(packed: Packed, precision: str) -> dict[int, str]:
+def way_for(choice: dict[int, str], rows: int) -> Run:
+    """What runs ``rows`` rows, of what :func:`choices` gave."""
+    return _RUNS[choice[next((n for n in choice if rows <= n), max(choice))]]
+
+
+def choices(packed: Packed, precision: str) -> dict[int, str]:
     """Up to which number of rows which kernel runs; the last one beyond all."""
     device = packed.tensors[0].device
     if device.type != "cuda":  # the interpreter has no times

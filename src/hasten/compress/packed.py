@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["LinearKernel", "Packed"]
@@ -26,6 +27,11 @@ class Packed:
     def bytes(self) -> int:
         """Bytes of the tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors[0].device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self

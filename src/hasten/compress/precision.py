@@ -1,7 +1,7 @@
 """Weights in fewer bits, layer by layer, only where that is measured to be faster.
 
-Each ``nn.Linear`` is given the fastest of the kernels that store its weight in the wanted format, measured on this
-machine for the layer's shape and the number of rows that it will see. A layer that would become slower than it is
+Each ``nn.Linear`` is given the fastest of the kernels that store its weight in the wanted format, measured on the
+layer's device for its shape and the number of rows that it will see. A layer that would become slower than it is
 stays as it is, and the report says so. Rounding to nearest: no calibration is needed; with calibration inputs the
 loss of the whole model is measured (SQNR of its output).
 """
@@ -26,11 +26,11 @@ from hasten.errors import ConfigurationError
 
 __all__ = ["PackedLinear", "WeightPrecision"]
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
+FORMATS = ("fp32", "bf16", "int8", "int4", "fp8")
 
 
 class PackedLinear(nn.Module):
-    """``nn.Linear`` whose weight is packed for one kernel; inference only.
+    """``nn.Linear`` whose weight is packed for one kernel of one device; inference only.
 
     >>> layer = PackedLinear.of(nn.Linear(64, 32), "int8-dynamic")
     >>> layer(torch.zeros(2, 5, 64)).shape, layer.packed_bytes
@@ -45,13 +45,13 @@ class PackedLinear(nn.Module):
         self.kernel_name = name
         self.out_features, self.in_features = packed.shape
         self.register_buffer("bias", bias)
-        self._run = kernels.kernel(name).run
+        self._run = kernels.kernel(name, packed.device).run
 
     @classmethod
     def of(cls, layer: nn.Linear, name: str) -> PackedLinear:
         """Pack the weight of ``layer`` for the kernel ``name``; the layer is not changed."""
         bias = layer.bias.detach().clone() if layer.bias is not None else None
-        return cls(kernels.kernel(name).pack(layer.weight), bias, name)
+        return cls(kernels.kernel(name, layer.weight.device).pack(layer.weight), bias, name)
 
     @property
     def packed_bytes(self) -> int:
@@ -60,6 +60,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out) in the format of ``x``."""
+        if x.device != self.packed.device:
+            raise ConfigurationError(
+                f"a layer packed on {self.packed.device} was given an input on {x.device}; move the model to the "
+                "device on which it shall run before it is compressed"
+            )
         rows = x.reshape(-1, self.in_features)
         result = self._run(rows, self.packed)
         if self.bias is not None:
@@ -69,7 +74,8 @@ class PackedLinear(nn.Module):
     def plain(self) -> nn.Linear:
         """The same layer as ``nn.Linear`` in float32, with the weight that the kernel really uses."""
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(kernels.kernel(self.kernel_name).unpack(self.packed), requires_grad=False)
+        kernel = kernels.kernel(self.kernel_name, self.packed.device)
+        layer.weight = nn.Parameter(kernel.unpack(self.packed), requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.float(), requires_grad=False)
         return layer
@@ -102,7 +108,7 @@ class WeightPrecision:
     """
 
     format: str = "int8"
-    """fp32, bf16, int8 or int4"""
+    """fp32, bf16, int8 or int4; fp8 on a GPU"""
     group_size: int = 32
     """inputs that share a scale; int4 only: 32, 64, 128 or 256"""
     layers: tuple[str, ...] = ("*",)
@@ -178,23 +184,25 @@ class WeightPrecision:
     def _times(self, layer: nn.Linear, clock: Clock | None) -> tuple[float, dict[str, float]] | None:
         """Seconds of the layer as it is, and of each kernel of the format; None where nothing can be compared."""
         shape = (layer.out_features, layer.in_features)
-        names, current = self._candidates(shape), _CURRENT.get(layer.weight.dtype)
+        names, current = self._candidates(shape, layer.weight.device), _CURRENT.get(layer.weight.dtype)
         if not names or current is None:
             return None
         rows = layer.weight.dtype
-        times = kernels.measure_kernels(shape, self.tokens, [current, *names], clock=clock, inputs=rows)
+        times = kernels.measure_kernels(
+            shape, self.tokens, [current, *names], clock=clock, inputs=rows, device=layer.weight.device
+        )
         return times[current], {n: times[n] for n in names}
 
     def _considers(self, path: str) -> bool:
         wanted = any(fnmatchcase(path, p) for p in self.layers)
         return wanted and not any(fnmatchcase(path, p) for p in self.skip)
 
-    def _candidates(self, shape: tuple[int, int]) -> list[str]:
-        names = []
-        for candidate in kernels.available():
+    def _candidates(self, shape: tuple[int, int], device: torch.device) -> list[str]:
+        names, wanted = [], f"int4-g{self.group_size}"
+        for candidate in kernels.available(device):
             if candidate.precision != self.format or not candidate.supports(*shape):
                 continue
-            if candidate.precision == "int4" and candidate.name != f"int4-g{self.group_size}":
+            if candidate.precision == "int4" and not f"{candidate.name}-".startswith(f"{wanted}-"):
                 continue
             names.append(candidate.name)
         return names
@@ -208,7 +216,7 @@ class WeightPrecision:
             return LayerReport(path, planned, "as planned", size, size)
         if id(layer.weight) in shared:
             return LayerReport(path, "kept", "its weight is shared with another layer", size, size)
-        names = self._candidates(shape)
+        names = self._candidates(shape, layer.weight.device)
         if not names:
             return LayerReport(
                 path, "kept", f"no {self.format} kernel takes a weight of {shape[0]} x {shape[1]}", size, size
@@ -219,7 +227,9 @@ class WeightPrecision:
         if current == self.format and len(names) == 1:
             return LayerReport(path, "kept", f"it is {current} already", size, size)
         rows = layer.weight.dtype
-        times = kernels.measure_kernels(shape, self.tokens, [current, *names], clock=clock, inputs=rows)
+        times = kernels.measure_kernels(
+            shape, self.tokens, [current, *names], clock=clock, inputs=rows, device=layer.weight.device
+        )
         best = min(names, key=lambda n: times[n])
         speedup = times[current] / times[best]
         if best == current:

@@ -135,16 +135,16 @@ def pack(
 
 def runs_as_stored(weight: Quantized, device: torch.device) -> bool:
     """Whether a GPU has a kernel for these codes; what they stand for is packed where not."""
-    from hasten.compress.device_codes import readable
     from hasten.compress.kernels_triton import triton
+    from hasten.compress.quantize.device import readable
 
     return device.type == "cuda" and triton is not None and readable(weight)
 
 
 def _on_gpu(weight: Tensor | Quantized, precision: str, bias: Tensor | None) -> PackedLinear:
     """Codes in the memory of a GPU: those given, or of a weight at ``precision``."""
-    from hasten.compress.device_codes import packed_of
     from hasten.compress.kernels_cuda import lay_out_at, product
+    from hasten.compress.quantize.device import packed_of
 
     found = packed_of(weight) if isinstance(weight, Quantized) else (precision, lay_out_at(weight, precision))
     assert found is not None

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hasten.compress.quantize.base import Quantized
 from hasten.compress.quantize.integer import Int
+from hasten.compress.quantize.products import byte_product
 from hasten.errors import ConfigurationError
 
 __all__ = ["IntegerLayer", "accumulate", "dyadic", "requantize"]
@@ -54,7 +55,7 @@ def accumulate(codes: Tensor, weight: Tensor, layer: dict[str, Any], pad: int = 
     """
     if layer["kind"] == "Linear":
         rows = codes.reshape(-1, codes.shape[-1])
-        return torch._int_mm(rows, weight.t()).reshape(*codes.shape[:-1], -1)
+        return byte_product(rows, weight).reshape(*codes.shape[:-1], -1)
     from hasten.compress.quantize.layers import _reach
 
     if layer["padding_mode"] != "zeros":
@@ -78,7 +79,7 @@ def accumulate(codes: Tensor, weight: Tensor, layer: dict[str, Any], pad: int = 
     groups, out = layer["groups"], layer["shape"][0]
     rows = windows.reshape(batch * out_h * out_w, groups, -1)
     if groups == 1:
-        total = torch._int_mm(rows[:, 0].contiguous(), weight.t())
+        total = byte_product(rows[:, 0].contiguous(), weight)
     else:
         split = weight.reshape(groups, out // groups, -1)
         total = torch.bmm(rows.transpose(0, 1).int(), split.transpose(1, 2).int()).transpose(0, 1).reshape(-1, out)

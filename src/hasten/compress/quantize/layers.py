@@ -19,6 +19,7 @@ from hasten.compress.quantize.base import Format, Quantized, at_least_float
 from hasten.compress.quantize.compact import expand, shrink
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerToken
 from hasten.compress.quantize.integer import Int
+from hasten.compress.quantize.products import byte_product
 
 __all__ = ["ActivationQuantizer", "IntegerLinear", "QuantizedLayer", "Simulated", "convolve", "is_convolution"]
 
@@ -185,7 +186,7 @@ class IntegerLinear(QuantizedLayer):
         else:
             scale = scale.reshape(1, 1)
             zero = None if zero is None else zero.reshape(1, 1)
-        total = torch._int_mm(fmt.encode(rows, scale, zero), self.codes.t())
+        total = byte_product(fmt.encode(rows, scale, zero), self.codes)
         if zero is not None:
             total = total - zero.to(torch.int32) * self.sums
         result = (total * scale).mul_(self.scales)

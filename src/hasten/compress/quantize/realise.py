@@ -2,7 +2,9 @@
 
 A kernel counts as the same function when its weights are the codes themselves: int8 rows, or int4 groups with scales
 that its number format holds. Which activations it reads is part of its name: bfloat16 (``int8-weight``, ``int4-g32``),
-bytes per token (``int8``), bytes per 32 or 512 inputs (``int4-panels``, ``int8-panels``).
+bytes per token (``int8``), bytes per 32 or 512 inputs (``int4-panels``, ``int8-panels``). On a GPU all integer and FP8
+weights have kernels that read activations as they are; with bytes per token there are ``int8`` and ``int8-bytes``, with
+FP8 per token ``fp8-dynamic``.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from torch import Tensor, nn
 
 from hasten.clock import Clock
 from hasten.compress import kernels
+from hasten.compress.device_codes import codes_in, stored
 from hasten.compress.packed import Packed
 from hasten.compress.panels import panels_of_codes
 from hasten.compress.precision import PackedLinear
 from hasten.compress.quantize.base import Format, Quantized
+from hasten.compress.quantize.device import kind_of, packed_of
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from hasten.compress.quantize.integer import Int
 from hasten.compress.quantize.layers import ActivationQuantizer, IntegerLinear, QuantizedLayer, Simulated
+from hasten.compress.quantize.minifloat import MiniFloat
 
 __all__ = ["KernelLinear", "candidates", "codes_of", "convolution", "realise"]
 
@@ -31,7 +36,7 @@ INTEGER = "int8"
 
 
 class KernelLinear(QuantizedLayer):
-    """A linear layer whose codes are laid out for one kernel of the table; inference on this machine only.
+    """A linear layer whose codes are laid out for one kernel of the table, on their device; inference on this machine.
 
     >>> layer = nn.Linear(64, 32)
     >>> weight = Int(8, PerChannel(0)).quantize(layer.weight)
@@ -73,6 +78,8 @@ class KernelLinear(QuantizedLayer):
 
 def codes_of(packed: Packed, name: str, fmt: Format) -> Quantized:
     """The codes that the kernel ``name`` reads, in their format."""
+    if packed.device.type == "cuda":
+        return _codes_on_gpu(packed, fmt)
     if name in ("int8-weight", "int8-dynamic"):
         codes, scale = packed.tensors
         return Quantized(codes, scale[:, None], None, fmt)
@@ -83,8 +90,22 @@ def codes_of(packed: Packed, name: str, fmt: Format) -> Quantized:
     return fmt.quantize(values, scale)
 
 
+def _codes_on_gpu(packed: Packed, fmt: Format) -> Quantized:
+    held, codes = codes_in(packed), stored(packed)
+    if codes.dtype is torch.float8_e4m3fn:
+        codes = codes.view(torch.uint8)
+    shape = fmt.granularity.compact(packed.shape)
+    scales = held.scales.float()[: shape[0]].reshape(shape)
+    zeros = held.zeros[: shape[0]].reshape(shape) if held.zeros.numel() else None
+    return Quantized(codes, scales, zeros, fmt)
+
+
 def _lay_out(weight: Quantized, name: str) -> Packed:
     """Codes and scales as the kernel wants them; no rounding takes place."""
+    if weight.codes.device.type == "cuda":
+        found = packed_of(weight)
+        assert found is not None
+        return found[1]
     shape = (weight.shape[0], weight.shape[1])
     if name in ("int8-weight", "int8-dynamic"):
         return Packed((weight.codes.contiguous(), weight.scales.reshape(-1).contiguous()), shape)
@@ -118,8 +139,12 @@ def _group(fmt: Format) -> int:
     return fmt.granularity.size if isinstance(fmt.granularity, PerGroup) and fmt.granularity.axis in (1, -1) else 0
 
 
-def candidates(weight: Format, activation: Format | None, shape: tuple[int, int]) -> list[str]:
-    """Kernels of this machine that run a linear layer of these formats and this shape (out, in)."""
+def candidates(
+    weight: Format, activation: Format | None, shape: tuple[int, int], device: torch.device | str = "cpu"
+) -> list[str]:
+    """Kernels of ``device`` that run a linear layer of these formats and this shape (out, in)."""
+    if torch.device(device).type == "cuda":
+        return _on_gpu(weight, activation, shape, torch.device(device))
     if not isinstance(weight, Int) or not weight.symmetric:
         return []
     present = {k.name for k in kernels.available() if k.supports(*shape)}
@@ -140,6 +165,29 @@ def candidates(weight: Format, activation: Format | None, shape: tuple[int, int]
         if tokens and group == 32 and isinstance(activation, Int) and activation.symmetric:
             return [n for n in ("int4-panels",) if n in present]
     return []
+
+
+def _on_gpu(weight: Format, activation: Format | None, shape: tuple[int, int], device: torch.device) -> list[str]:
+    kind = kind_of(weight, shape[1])
+    if kind is None:
+        return []
+    precision, group = kind
+    present = {k.name for k in kernels.available(device) if k.supports(*shape)}
+    if activation is None:
+        size = next((g for g in kernels.GROUP_SIZES if g >= (group or 32)), kernels.GROUP_SIZES[-1])
+        stem = f"int4-g{size}" if precision == "int4" else precision
+        return [n for n in (f"{stem}-row", f"{stem}-tiles", f"{stem}-opened") if n in present]
+    tokens = isinstance(activation.granularity, PerToken)
+    if group or not (isinstance(weight, Int) and weight.symmetric and precision == "int8"):
+        floats = precision == "fp8" and not group and tokens
+        same = isinstance(activation, MiniFloat) and (activation.e, activation.m, activation.special) == (4, 3, "nan")
+        return [n for n in ("fp8-dynamic",) if floats and same and n in present]
+    if not isinstance(activation, Int) or activation.bits != 8:
+        return []
+    if not isinstance(activation.granularity, (PerToken, PerTensor)):
+        return []
+    names = [INTEGER] if "int8-dynamic" in present and isinstance(weight.granularity, PerChannel) else []
+    return names + [n for n in ("int8-bytes",) if tokens and activation.symmetric and n in present]
 
 
 def fits_half(weight: Quantized) -> bool:
@@ -168,16 +216,17 @@ def decide(
         return convolution(layer, tokens, only_faster, clock)
     shape = (layer.matrix[0], layer.matrix[1])
     activation = layer.activation.format if layer.activation is not None else None
-    names = candidates(layer.format, activation, shape)
+    device = next(layer.buffers()).device
+    names = candidates(layer.format, activation, shape, device)
     if wanted is not None:
         names = [n for n in names if n in wanted]
-    if names and layer.format.bits == 4 and not fits_half(layer.quantized()):
+    if names and device.type == "cpu" and layer.format.bits == 4 and not fits_half(layer.quantized()):
         return None, "its scales leave the range of the int4 kernels", None
     if not names:
         return None, f"no kernel here runs {layer.format.label} weights of {shape[0]} x {shape[1]}", None
     asked = {n: "int8-dynamic" if n == INTEGER else n for n in names}
     rows = torch.float32  # of the model in place of which this one is asked for
-    times = kernels.measure_kernels(shape, tokens, ["fp32", *asked.values()], clock=clock, inputs=rows)
+    times = kernels.measure_kernels(shape, tokens, ["fp32", *asked.values()], clock=clock, inputs=rows, device=device)
     best = min(names, key=lambda n: times[asked[n]])
     speedup = times["fp32"] / times[asked[best]]
     if only_faster and speedup < 1:
