@@ -10,9 +10,10 @@ from torch import nn
 
 import hasten.tune
 from hasten.clock import ManualClock
-from hasten.compress import PackedLinear, Recipe, kernels
+from hasten.compress import FusedModule, PackedLinear, Recipe, kernels
 from hasten.errors import ConfigurationError
 from hasten.measure import Protocol
+from hasten.nn.product.instructions import has_bytes
 from hasten.tune import Knob, Space
 from hasten.tune import model as tuning
 
@@ -189,6 +190,24 @@ def test_for_real_on_this_machine() -> None:
     assert result.best is not None
     assert result.best.values["quality"] > 0.9
     assert {c.knobs["format"] for c in result.frontier.candidates} >= {"unchanged"}
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+def test_a_network_in_one_call_is_a_candidate() -> None:
+    space = Space(
+        (Knob("format", ("unchanged", "fused")), Knob("products", ("fp32",), lambda p: p["format"] == "fused"))
+    )
+    torch.manual_seed(0)
+    layers = [m for _ in range(30) for m in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())]  # nearly all is calling
+    model, data = nn.Sequential(*layers).eval(), [torch.randn(1, 16), torch.randn(7, 16)]
+    result = tuning.tune(model, data, "quality>99.9%", space=space, protocol=QUICK, time_limit=None)
+    found = {c.name: c for c in result.frontier.candidates}["fused fp32"]
+    assert found.measured
+    assert found.values["quality"] > 0.9999
+    if result.recipe.techniques:  # which is faster is the machine's
+        assert isinstance(result.model, FusedModule)
+        again, _ = Recipe.from_yaml(result.recipe.to_yaml()).apply(model, data)
+        assert torch.equal(again(data[1]), result.model(data[1]))
 
 
 def test_recipes_compose_and_memory_and_energy_are_bounded(table: None) -> None:

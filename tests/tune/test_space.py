@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from hasten.compress import WeightPrecision
+from hasten.compress import FusedNetwork, TruncatedSvd, WeightPrecision
 from hasten.errors import ConfigurationError
+from hasten.nn.product.instructions import has_bytes
 from hasten.tune import Knob, Space, recipe_space, serving_space
 from hasten.tune.space import key_of, recipe_of
 
@@ -42,6 +43,15 @@ def test_every_recipe_point_is_a_recipe() -> None:
     kept = recipe_of({"format": "int8", "keep": "first and last"}, MODEL)
     assert isinstance(kept.techniques[0], WeightPrecision)
     assert kept.techniques[0].skip == ("0", "3")
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+def test_a_network_in_one_call_may_follow_low_rank_factors() -> None:
+    wide = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+    found = [p for p in recipe_space(wide).points() if p["format"] == "fused"]
+    assert {(p["products"], p["remove"]) for p in found} >= {("fp32", 0.0), ("int8", 0.25), ("int8", 0.5)}
+    recipe = recipe_of({"format": "fused", "products": "int8", "remove": 0.5}, wide)
+    assert recipe.techniques == (TruncatedSvd(ratio=0.5), FusedNetwork("int8"))
 
 
 def test_a_model_without_linear_layers_has_one_recipe() -> None:

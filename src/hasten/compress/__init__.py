@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hasten.compress.cluster import Clustering
     from hasten.compress.deep import DeepCompression
     from hasten.compress.export import Exported, export_onnx, export_program
+    from hasten.compress.fused import FusedModule, FusedNetwork
     from hasten.compress.int8 import Int8Network, IntegerNetwork
     from hasten.compress.lowrank.fourbit import SvdQuantLinear, set_execution
     from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear
@@ -88,6 +89,8 @@ __all__ = [
     "FP8_E5M2",
     "FactorConv2d",
     "FitRanges",
+    "FusedModule",
+    "FusedNetwork",
     "Gptq",
     "HessianSpectrum",
     "Int",
@@ -163,6 +166,10 @@ _LATER = {
         "Exported",
         "export_onnx",
         "export_program",
+    ),
+    "hasten.compress.fused": (
+        "FusedModule",
+        "FusedNetwork",
     ),
     "hasten.compress.int8": (
         "Int8Network",

@@ -115,6 +115,7 @@ _MODULES = {
     "clustering": "hasten.compress.cluster",
     "deep-compression": "hasten.compress.deep",
     "dynamic-confidence": "hasten.spiking.exits",
+    "fused-network": "hasten.compress.fused",
     "int8-network": "hasten.compress.int8",
     "maestro": "hasten.compress.lowrank.maestro",
     "magnitude-pruning": "hasten.compress.prune",

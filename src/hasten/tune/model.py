@@ -36,6 +36,8 @@ from hasten.tune.space import Point, Space, recipe_of, recipe_space, with_choice
 __all__ = ["TuneResult", "fidelity", "tune"]
 
 _MEASURED = {"latency", "quality", "size", "throughput", "memory", "energy"}
+_WHOLE = ("int8-network", "fused")
+"""Formats of whole networks, whose operations are not those of the table of kernels."""
 _BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
@@ -168,6 +170,8 @@ class _Bench:
     def calibration(self, point: Point) -> Sequence[Any] | None:
         """Inputs to learn from. The data themselves serve for ranges of activations and for one threshold alone: what
         fits matrices to them would then be judged on them."""
+        if point["format"] == "fused":
+            return self.data  # for the shapes alone, and what is timed
         if self.inputs is not None:
             return self.inputs
         return self.data if point["format"] in ("int8-network", "confidence") else None
@@ -175,8 +179,8 @@ class _Bench:
     def predict(self, point: Point) -> Mapping[str, float] | None:
         """Least bytes that the recipe can reach (every linear weight in its format, scales not counted), and seconds:
         those of the unchanged model less what the table of kernels says its layers save."""
-        if point["format"] in self.given or point["format"] == "int8-network" or point.get("remove"):
-            return None  # convolutions shrink too, or layers by how much their ranks say
+        if point["format"] in self.given or point["format"] in _WHOLE or point.get("remove"):
+            return None  # other layers shrink too, or layers by how much their ranks say
         if point["format"] not in _BITS:  # unchanged weights
             return {"size": float(self.size)}
         technique = recipe_of(point, self.model, self.tokens).techniques[0]

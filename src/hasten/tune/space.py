@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from hasten.compress import Recipe, WeightPrecision, available
+from hasten.compress.fused import FusedNetwork
 from hasten.compress.int8 import Int8Network
 from hasten.compress.lowrank.truncated import TruncatedSvd
 from hasten.errors import ConfigurationError
-from hasten.nn.product.instructions import has_bytes
+from hasten.nn.product.instructions import has_bfloat16, has_bytes
 
 __all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space", "with_choices"]
 
@@ -110,6 +111,8 @@ _WIDE = 256
 """Least side of a matrix that low-rank factors are tried for."""
 _REMOVED = (0.0, 0.25, 0.5)
 """Shares of such a matrix that factors take away."""
+_PRODUCTS = ("fp32", "bf16", "int8")
+"""Precisions of the products of a network in one call."""
 _KEEP = ("none", "first", "last", "first and last")
 _TOLERANCES = (0.0, 0.005, 0.01, 0.02)
 """Shares of right answers that an exit on confidence may lose on the data that sets its threshold."""
@@ -119,8 +122,8 @@ def recipe_space(model: nn.Module) -> Space:
     """Weight formats with a kernel on this machine, group sizes of int4, which end layers keep their precision, and how
     much of the linear layers low-rank factors take away before.
 
-    A convolutional network may also run in bytes as a whole, a spiking network for fewer timesteps, or for as many as
-    each sample needs to be sure.
+    A model of linear layers may run whole in one call, a convolutional network whole in bytes, a spiking network for
+    fewer timesteps, or for as many as each sample needs to be sure.
     """
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
@@ -132,6 +135,7 @@ def recipe_space(model: nn.Module) -> Space:
         "unchanged",
         *(("int8-network",) if convolutions else ()),
         *(formats if linears else ()),
+        *(("fused",) if linears and has_bytes() else ()),
         *(("timesteps", "confidence") if fewer else ()),
     )
     wide = [m for m in model.modules() if type(m) is nn.Linear and min(m.weight.shape) >= _WIDE]
@@ -141,9 +145,15 @@ def recipe_space(model: nn.Module) -> Space:
         knobs.append(Knob("tolerance", _TOLERANCES, lambda p: p["format"] == "confidence"))
     if groups:
         knobs.append(Knob("group", groups, lambda p: p["format"] == "int4"))
+    if "fused" in choices:
+        knobs.append(
+            Knob("products", _PRODUCTS if has_bfloat16() else ("fp32", "int8"), lambda p: p["format"] == "fused")
+        )
     knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
     if wide:  # factors of small matrices cost a call more than they save
-        knobs.append(Knob("remove", _REMOVED, lambda p: p["format"] in formats and p.get("keep", "none") == "none"))
+        knobs.append(
+            Knob("remove", _REMOVED, lambda p: p["format"] in (*formats, "fused") and p.get("keep", "none") == "none")
+        )
     return Space(tuple(knobs))
 
 
@@ -170,14 +180,21 @@ def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
         return Recipe((DynamicConfidence(tolerance=point["tolerance"]),))
     if point["format"] == "int8-network":
         return Recipe((Int8Network(),))
+    if point["format"] == "fused":
+        return Recipe((*_narrowed(point, model), FusedNetwork(point["products"])))
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     kept = {"none": (), "first": linears[:1], "last": linears[-1:], "first and last": (linears[0], linears[-1])}
     skip = tuple(dict.fromkeys(kept[point.get("keep", "none")]))
     technique = WeightPrecision(point["format"], group_size=point.get("group", 32), skip=skip, tokens=tokens)
-    if point.get("remove"):
-        small = [n for n, m in model.named_modules() if type(m) is nn.Linear and min(m.weight.shape) < _WIDE]
-        return Recipe((TruncatedSvd(ratio=point["remove"], skip=tuple(small)), technique))
-    return Recipe((technique,))
+    return Recipe((*_narrowed(point, model), technique))
+
+
+def _narrowed(point: Point, model: nn.Module) -> tuple[TruncatedSvd, ...]:
+    """The factors that come before the precision, where there are any."""
+    if not point.get("remove"):
+        return ()
+    small = [n for n, m in model.named_modules() if type(m) is nn.Linear and min(m.weight.shape) < _WIDE]
+    return (TruncatedSvd(ratio=point["remove"], skip=tuple(small)),)
 
 
 PER_STEP = "slo"

@@ -1,0 +1,127 @@
+"""A network in one call, as a module: samples in, what the plain model gives out, in inference."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hasten.compress.fused.lowering import lower
+from hasten.compress.fused.program import Matrices, Program
+from hasten.compress.fused.run import run_samples
+from hasten.compress.fused.values import Unsupported
+from hasten.errors import ConfigurationError
+
+__all__ = ["FusedModule"]
+
+_SHAPES = 8
+"""Programs that are kept at a time."""
+
+
+class FusedModule(nn.Module):
+    """Runs what :mod:`lowering` made of ``model``; a program for each shape of samples, made when it is first met.
+
+    A batch is shared out sample by sample to as many threads as torch uses; one sample runs in one thread. Not to be
+    called by two threads at once: the arenas are its own. Raises :class:`~hasten.errors.ConfigurationError` for inputs
+    that cannot be lowered.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, matrices: Matrices | None = None) -> None:
+        super().__init__()
+        self.precision = precision
+        self.matrices = matrices or Matrices(precision)
+        self._plain = [model]  # in a list: its parameters are not those of this module
+        self._programs: OrderedDict[Any, tuple[Program, list[Any], list[Any]]] = OrderedDict()
+        self._pool: Any = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of weights and other constants."""
+        constants = max((p.constant_bytes for p, _, _ in self._programs.values()), default=0)
+        return constants + sum(self.matrices.bytes_of(n) for n in self.matrices.names)
+
+    def program(self, *inputs: Tensor) -> Program:
+        """The program for samples of these shapes."""
+        return self._ready(inputs, 1)[0]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Each input (batch, …) float32 -> what the model gives, float32."""
+        if not inputs or any(x.dim() == 0 or len(x) != len(inputs[0]) for x in inputs):
+            raise ConfigurationError("a fused network takes tensors that begin with one batch; give (batch, …)")
+        batch = len(inputs[0])
+        threads = max(1, min(batch, torch.get_num_threads()))
+        program, arenas, rooms = self._ready(inputs, threads)
+        flat = [np.ascontiguousarray(x.detach().numpy(), np.float32).reshape(batch, -1) for x in inputs]
+        samples = flat[0] if len(flat) == 1 else np.concatenate(flat, 1)
+        outs = np.empty((batch, program.outs), np.float32)
+        if threads == 1:
+            _run(program, samples, outs, arenas[0], rooms[0])
+        else:
+            cuts = [batch * part // threads for part in range(threads + 1)]
+            parts = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            rest = [
+                self._pool.submit(_run, program, samples[p], outs[p], arenas[n], rooms[n])
+                for n, p in enumerate(parts)
+                if n
+            ]
+            _run(program, samples[parts[0]], outs[parts[0]], arenas[0], rooms[0])
+            for job in rest:
+                job.result()
+        return torch.from_numpy(outs).view(batch, *program.lowered.shape)
+
+    def _ready(self, inputs: tuple[Tensor, ...], threads: int) -> tuple[Program, list[Any], list[Any]]:
+        """The program, an arena and a room for each thread, and the threads beside the caller's."""
+        key = tuple(x.shape[1:] for x in inputs)
+        found = self._programs.get(key)
+        if found is None:
+            try:
+                lowered = lower(self._plain[0], tuple(x[:1].detach().float() for x in inputs))
+            except Unsupported as reason:
+                shapes = ", ".join(str(tuple(k)) for k in key)
+                raise ConfigurationError(
+                    f"samples of shape {shapes} cannot be run in one call: {reason}; call the model itself with them"
+                ) from reason
+            found = self._programs[key] = (Program(lowered, self.matrices), [], [])
+            if len(self._programs) > _SHAPES:
+                self._programs.popitem(last=False)
+        program, arenas, rooms = found
+        while len(arenas) < threads:
+            arenas.append(program.arena())
+            rooms.append(program.room())
+        if threads > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(max(threads, torch.get_num_threads()) - 1, "hasten-fused")
+        return found
+
+    def plain(self) -> nn.Module:
+        """The model with the weights that the products use, for ``torch.export``."""
+        model = copy.deepcopy(self._plain[0])
+        if self.precision == "fp32":
+            return model
+        held = dict(model.named_parameters())
+        for name in self.matrices.names:
+            if name in held:
+                weight = torch.from_numpy(self.matrices.unpacked(name)).reshape(held[name].shape)
+                held[name].data = weight.to(held[name].dtype)
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedModule:
+        return FusedModule(self._plain[0], self.precision, self.matrices).train(self.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a fused network belongs to this machine; save the model before, with its recipe.yaml")
+
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"{self.precision}, {len(self.matrices.names)} matrices, {len(self._programs)} shapes"
+
+
+def _run(program: Program, samples: Any, outs: Any, arena: Any, room: Any) -> None:
+    run_samples(
+        samples, program.places, program.table, program.numbers, arena, program.matrices, program.result, outs,
+        program.most_rows, program.widest, room,
+    )  # fmt: skip
