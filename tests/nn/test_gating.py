@@ -32,7 +32,7 @@ def test_an_element_has_the_same_bits_wherever_it_stands():
 
 def matrix_of(kind, weight):
     """The numbers of a matrix (out, in), and what must outlive them."""
-    precision = kind.removesuffix("-tiles")
+    precision = kind.partition("-")[0]
     if precision == "bf16":
         packed = bfloat16.pack(weight.bfloat16().view(torch.uint16).numpy())
     else:
@@ -40,10 +40,10 @@ def matrix_of(kind, weight):
     return dispatch.describe(kind, packed, None, *weight.shape), packed
 
 
-@pytest.mark.parametrize("kind", ["bf16", "bf16-tiles", "int8", "int8-tiles", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16-floats", "bf16-tiles", "int8", "int8-tiles", "int4"])
 @pytest.mark.parametrize(("rows", "gelu"), [(32, False), (37, True), (200, False)])
 def test_gating_within_the_product_gives_the_bits_of_gating_behind_it(kind, rows, gelu):
-    if not supported(kind.removesuffix("-tiles")) or (kind.endswith("-tiles") and not tiles.granted()):
+    if not supported(kind.partition("-")[0]) or (kind.endswith("-tiles") and not tiles.granted()):
         pytest.skip("this processor lacks the instructions")
     inner, ins = 192, 576
     generator = torch.Generator().manual_seed(rows)

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hasten.compress import panels
+from hasten.language import linear
 from hasten.nn.product import FORMATS, bfloat16, instructions, past_caches, supported, tiles
 
 NONE = np.empty(0, np.float32)
@@ -78,6 +80,36 @@ def test_a_row_has_the_same_bits_in_any_company(precision):
         some = np.empty((count, 130), np.float32)
         module(precision).multiply(words(x[first : first + count].contiguous()), arrays, NONE, some)
         assert (some == together[first : first + count]).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 600), st.integers(1, 110), st.integers(0, 99))
+def test_many_rows_through_float32_are_the_same_product(outs, half, rows, seed):
+    weight, x = draw(outs, 2 * half, rows, seed)
+    out, some = np.empty((rows, outs), np.float32), np.empty((1, outs), np.float32)
+    bias = np.arange(outs, dtype=np.float32)
+    arrays = packed("bf16", weight)
+    bfloat16.multiply_floats(words(x), arrays, bias, out)
+    np.testing.assert_allclose(out, x.double().numpy() @ weight.double().numpy().T + bias, rtol=1e-4, atol=1e-3)
+    for row in {0, rows // 2, rows - 1}:
+        bfloat16.multiply_floats(words(x[row : row + 1].contiguous()), arrays, bias, some)
+        assert (some[0] == out[row]).all()
+
+
+def test_only_many_rows_go_through_float32_and_only_where_bits_may_differ(monkeypatch):
+    monkeypatch.setattr(linear.tiles, "granted", lambda: False)
+    monkeypatch.setattr(panels, "pairs_as_floats", lambda: True)
+    monkeypatch.setattr(linear, "pairs_as_floats", lambda: True)
+    weight, x = draw(64, 96, 16, 0)
+    plain, floats = np.empty((16, 64), np.uint16), np.empty((16, 64), np.uint16)
+    bfloat16.multiply(words(x), packed("bf16", weight), NONE, plain)
+    bfloat16.multiply_floats(words(x), packed("bf16", weight), NONE, floats)
+    exact, free = (linear.pack(weight, "bf16", deterministic=fixed) for fixed in (True, False))
+    assert (exact.packed[0], free.packed[0]) == ("bf16", "bf16-floats")
+    assert (words(exact(x)) == plain).all()
+    assert (words(free(x)) == floats).all()
+    assert (words(free(x[:15])) == plain[:15]).all()
+    assert linear.pack(weight, "int8", deterministic=False).packed[0] == "int8"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

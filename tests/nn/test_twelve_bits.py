@@ -76,6 +76,8 @@ def test_products_have_the_same_bits(rows, outs, ins, rare):
     x = words(np.random.default_rng(2).standard_normal((rows, ins)))
     bias = np.random.default_rng(3).standard_normal(outs).astype(np.float32)
     pairs = [(bfloat16.multiply, twelve_bits_panels.multiply)]
+    if rows in (1, 16, 33, 97):  # of use from 16 rows on, right for any
+        pairs.append((bfloat16.multiply_floats, twelve_bits_panels.multiply_floats))
     if tiles.granted() and rows >= tiles.FEWEST:
         pairs.append((tiles.multiply, twelve_bits_panels.multiply_tiles))
     for plain, ours in pairs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hasten.compress.packed import LinearKernel, Packed
 from hasten.nn.product import FORMATS, supported, tiles
+from hasten.nn.product.instructions import pairs_as_floats
 
 __all__ = ["codes_product", "panel_kernels", "panel_product", "panels_of_codes", "short_product", "takes"]
 
@@ -43,13 +44,14 @@ def _multiply(x: Tensor, precision: str, arrays: tuple[Any, ...], bias: Any, wid
     """x (rows, in) bfloat16, contiguous -> (rows, width) bfloat16; see :func:`panel_product` for ``fixed``."""
     out = torch.empty((x.shape[0], width), dtype=torch.bfloat16)
     multiply = _module(precision).multiply
-    if precision != "int4" and x.shape[0] >= tiles.FEWEST and tiles.granted():
-        if precision == "bf16" and not fixed:
-            multiply = tiles.multiply
-        elif precision == "bf12" and not fixed:
-            multiply = _module(precision).multiply_tiles
-        elif precision == "int8" and tiles.takes_bytes(arrays[0].shape[1] * 4):
-            multiply = tiles.multiply_bytes
+    many = x.shape[0] >= tiles.FEWEST
+    if many and precision in ("bf16", "bf12") and not fixed:
+        if tiles.granted():
+            multiply = tiles.multiply if precision == "bf16" else _module(precision).multiply_tiles
+        elif pairs_as_floats():
+            multiply = _module(precision).multiply_floats
+    elif many and precision == "int8" and tiles.granted() and tiles.takes_bytes(arrays[0].shape[1] * 4):
+        multiply = tiles.multiply_bytes
     multiply(_words(x), arrays if len(arrays) > 1 else arrays[0], bias, _words(out))
     return out
 

@@ -17,7 +17,19 @@ from hasten import huge_pages
 from hasten.nn.product import instructions as avx
 from hasten.nn.product.instructions import LANES
 
-__all__ = ["GROUP", "LINE", "PANEL", "ROWS", "TILES", "accumulate", "aligned", "asks", "in_blocks", "scaled"]
+__all__ = [
+    "GROUP",
+    "LINE",
+    "PANEL",
+    "ROWS",
+    "TILES",
+    "accumulate",
+    "aligned",
+    "asks",
+    "in_blocks",
+    "over_steps",
+    "scaled",
+]
 
 PANEL = 64
 """Outputs of a panel."""
@@ -67,16 +79,26 @@ def accumulate(
     ``lines``: an address for each row; ``weights``: that of a panel, 256 bytes a step, ``ask`` asks for those
     of later steps.
     """
-    with cgutils.for_range(builder, steps) as loop:
-        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
-        at = scaled(builder, loop.index, 4)
-        ask(loop.index)
-        tiles = [avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)]
+
+    def add(tiles: list[Any], step: Any) -> None:
+        at = scaled(builder, step, 4)
         for r, line in enumerate(lines):
             word = avx.broadcast(builder, line, at)
-            for t in range(TILES):
+            for t, tile in enumerate(tiles):
                 total = totals[r * TILES + t]
-                builder.store(dot(builder, builder.load(total), tiles[t], word), total)
+                builder.store(dot(builder, builder.load(total), tile, word), total)
+
+    over_steps(builder, weights, steps, ask, add)
+
+
+def over_steps(
+    builder: Any, weights: Any, steps: Any, ask: Callable[[Any], None], add: Callable[[list[Any], Any], None]
+) -> None:
+    """``add(the four registers of a step's weights, number of the step)`` for all steps of a panel."""
+    with cgutils.for_range(builder, steps) as loop:
+        panel = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
+        ask(loop.index)
+        add([avx.load(builder, panel, t * LINE, avx.INTS, LINE) for t in range(TILES)], loop.index)
 
 
 def asks(builder: Any, weights: Any, ahead: int) -> Callable[[Any], None]:

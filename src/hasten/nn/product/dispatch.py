@@ -64,7 +64,7 @@ def array_at(address: Any, count: Any) -> Any:
 
 def describe(precision: str, packed: Any, bias: Any, out_features: int, in_features: int) -> Any:
     """The numbers of a matrix: (FIELDS,) int64. The arrays must outlive them."""
-    kind = {"bf16": BF16, "bf12": BF16, "int8": INT8, "int4": INT4}[precision.removesuffix("-tiles")]
+    kind = {"bf16": BF16, "bf12": BF16, "int8": INT8, "int4": INT4}[precision.partition("-")[0]]
     weights, scales = packed if kind == INT8 else (packed, None)
     at = [0 if a is None else a.ctypes.data for a in (weights, scales, bias)]
     if precision.startswith("bf12"):
@@ -152,7 +152,18 @@ def _bf16_leaf(
     where = carray(pointer(inputs), (6,), np.int64)
     x = carray(pointer(where[0]), (rows, ins), np.uint16)
     panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    bfloat16.panels(x, panels, array_at(bias, outs), carray(pointer(out), (rows, outs), np.float32), first, last)
+    target = carray(pointer(out), (rows, outs), np.float32)
+    bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, False)
+
+
+def _bf16_floats_leaf(
+    outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
+    target = carray(pointer(out), (rows, outs), np.float32)
+    bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, rows >= tiles.FEWEST)
 
 
 def _bf16_tiles_leaf(
@@ -165,7 +176,7 @@ def _bf16_tiles_leaf(
     if rows >= tiles.FEWEST:
         tiles.panels(x, _word_tiles(where[4], rows, ins), panels, array_at(bias, outs), target, first, last)
     else:
-        bfloat16.panels(x, panels, array_at(bias, outs), target, first, last)
+        bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, False)
 
 
 def _bf12_leaf(
@@ -175,7 +186,17 @@ def _bf12_leaf(
     x = carray(pointer(where[0]), (rows, ins), np.uint16)
     packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
     target = carray(pointer(out), (rows, outs), np.float32)
-    twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last)
+    twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, False)
+
+
+def _bf12_floats_leaf(
+    outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
+) -> None:
+    where = carray(pointer(inputs), (6,), np.int64)
+    x = carray(pointer(where[0]), (rows, ins), np.uint16)
+    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
+    target = carray(pointer(out), (rows, outs), np.float32)
+    twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, rows >= tiles.FEWEST)
 
 
 def _bf12_tiles_leaf(
@@ -189,7 +210,7 @@ def _bf12_tiles_leaf(
         lines = _word_tiles(where[4], rows, ins)
         twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last, where[6])
     else:
-        twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last)
+        twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, False)
 
 
 def _int8_leaf(
@@ -241,14 +262,16 @@ def _int4_leaf(
     int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
 
 
-@lru_cache(maxsize=7)
+@lru_cache(maxsize=9)
 def _leaf(precision: str) -> Any:
     """The compiled part of one precision. It is called through its address: code that contains a call of it is then
     compiled without it, and a precision that nobody uses is not compiled at all."""
     leaves = {
         "bf16": _bf16_leaf,
+        "bf16-floats": _bf16_floats_leaf,
         "bf16-tiles": _bf16_tiles_leaf,
         "bf12": _bf12_leaf,
+        "bf12-floats": _bf12_floats_leaf,
         "bf12-tiles": _bf12_tiles_leaf,
         "int8": _int8_leaf,
         "int8-tiles": _int8_tiles_leaf,

@@ -99,7 +99,7 @@ def panels(x: Any, tiles: Any, weights: Any, bias: Any, out: Any, first: int, la
             if whole * STEP < span:
                 done = whole * STEP
                 stretch(
-                    x_base + start * x_stride + (pair + done) * 4, x_stride, there + done * PANEL * 4, span - done,
+                    0, x_base + start * x_stride + (pair + done) * 4, x_stride, there + done * PANEL * 4, span - done,
                     sums.ctypes.data, count,
                 )  # fmt: skip
         if past:

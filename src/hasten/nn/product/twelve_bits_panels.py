@@ -4,6 +4,7 @@ and multiplied there as :mod:`bfloat16` and :mod:`tiles` multiply them, to the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -14,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hasten.nn.product import instructions as avx
-from hasten.nn.product.bfloat16 import rows_times, write_sums
+from hasten.nn.product.bfloat16 import address_of_rows, adds_pairs, bytes_of_pair, float_rows, rows_times, write_sums
 from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, in_blocks, scaled
 from hasten.nn.product.past_caches import finish, goes_past, write_past
 from hasten.nn.product.tiles import serves_as_sums
@@ -31,8 +32,10 @@ from hasten.nn.product.tiles_setup import (
 )
 from hasten.nn.product.twelve_bits import BLOCK, FOURS, OPENED, Opening, ask, is_plain, open_block
 
-__all__ = ["multiply", "multiply_tiles", "panels", "tile_panels"]
+__all__ = ["multiply", "multiply_floats", "multiply_tiles", "panels", "tile_panels"]
 
+# A checker would count the context of a call; what is literal chooses the code.
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
 _PAIRS = 16
 _WORD = ir.IntType(64)
 _AHEAD = 3 * BLOCK
@@ -48,23 +51,27 @@ _SPAN = 32
 """Blocks of a stretch of an opened panel."""
 
 
-@intrinsic
-def _add_rows(typing: Any, x: Any, x_stride: Any, weights: Any, sums: Any, count: Any, stream: Any, four: Any) -> Any:
+@_intrinsic
+def _add_rows(
+    typing: Any, floats: Any, x: Any, x_stride: Any, weights: Any, sums: Any, count: Any, stream: Any, four: Any
+) -> Any:
     """Add the product of ``count`` rows and an opened block to ``sums`` (count, 64) float32, asking for eight times
-    four lines of a stream (:func:`hasten.nn.product.twelve_bits.ask`) from ``four`` on, two with each pair."""
+    four lines of a stream (:func:`hasten.nn.product.twelve_bits.ask`) from ``four`` on, two with each pair. ``floats``
+    is a literal: 1 where the rows are float32, 0 where they are bfloat16."""
+    wide = bool(floats.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_stride, weights, sums, count, stream, four = arguments
+        _, x, x_stride, weights, sums, count, stream, four = arguments
         one = ir.Constant(_WORD, 1)
 
         def ask_for(step: Any) -> None:
             number = builder.add(four, builder.lshr(step, one))
             ask(builder, stream, number, builder.and_(step, one))
 
-        rows_times(builder, x, x_stride, weights, ir.Constant(_WORD, _PAIRS), sums, count, ask_for)
+        rows_times(builder, x, x_stride, weights, ir.Constant(_WORD, _PAIRS), sums, count, ask_for, wide)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 7), generate
+    return types.void(floats, *[types.intp] * 7), generate
 
 
 @intrinsic
@@ -97,18 +104,15 @@ def _add_closed(
             for total, place in zip(totals, places, strict=True):
                 builder.store(avx.load(builder, target, place, avx.FLOATS), total)
 
+            add = adds_pairs(builder, lines, totals, floats=False)
+
             def four(number: Any, at: Any) -> None:
                 asked = builder.add(first, scaled(builder, number, 3))
-                words = scaled(builder, number, 16)
+                pairs = scaled(builder, number, 4)
                 for step in range(4):
                     if step < 3:
                         ask(builder, stream, builder.add(asked, ir.Constant(_WORD, step)))
-                    weights = opening.pair(at, step)
-                    for r, line in enumerate(lines):
-                        word = avx.broadcast(builder, line, builder.add(words, ir.Constant(_WORD, 4 * step)))
-                        for t, tile in enumerate(weights):
-                            total = totals[r * TILES + t]
-                            builder.store(avx.dot_bfloat16(builder, builder.load(total), tile, word), total)
+                    add(opening.pair(at, step), builder.add(pairs, ir.Constant(_WORD, step)))
 
             opening.fours(four)
             for total, place in zip(totals, places, strict=True):
@@ -121,7 +125,7 @@ def _add_closed(
 
 
 @njit(cache=True, error_model="numpy")
-def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int) -> None:
+def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int, floats: bool) -> None:
     """As :func:`hasten.nn.product.bfloat16.panels`, with packed (panels, stride) uint8."""
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
@@ -130,22 +134,30 @@ def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int) -> N
     sums = room_for(min(rows, GROUP) * PANEL * 4).view(np.float32).reshape((min(rows, GROUP), PANEL))
     own = room_for(OPENED)
     room = own.ctypes.data
-    base, x_base, x_stride = packed.ctypes.data, x.ctypes.data, x.strides[0]
+    base, lines = packed.ctypes.data, float_rows(rows, x.shape[1], floats)
+    rows_at, x_stride = address_of_rows(x, 0, min(GROUP, rows), lines)
     for item in range(first, last):
         panel, start = item // groups, (item % groups) * GROUP
         count = min(GROUP, rows - start)
+        if groups > 1:
+            rows_at, x_stride = address_of_rows(x, start, count, lines)
         record = base + panel * packed.shape[1]
         sums[:count] = 0
         for block in range(blocks):
-            here = x_base + start * x_stride + block * LINE
-            if count <= _CLOSED and is_plain(record, block):
+            here = rows_at + block * _PAIRS * bytes_of_pair(floats)
+            if count <= _CLOSED and not floats and is_plain(record, block):
                 _add_closed(here, x_stride, record, head, blocks, block, sums.ctypes.data, count, _AHEAD)
                 continue
             open_block(record, head, blocks, block, room, _AHEAD if start == 0 else 0)
-            _add_rows(here, x_stride, room, sums.ctypes.data, count,
-                      record + head + _AHEAD, block * FOURS + 4)  # fmt: skip
+            stream, four = record + head + _AHEAD, block * FOURS + 4
+            if floats:
+                _add_rows(1, here, x_stride, room, sums.ctypes.data, count, stream, four)
+            else:
+                _add_rows(0, here, x_stride, room, sums.ctypes.data, count, stream, four)
         write_sums(sums, count, bias, out, start, panel * PANEL, min(panel * PANEL + PANEL, width))
     own[0] = 0  # numba frees an array behind its last use, and its address is none
+    if floats:
+        lines[0, 0] = 0
 
 
 @intrinsic
@@ -335,16 +347,21 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
-def _multiply(x: Any, packed: Any, bias: Any, out: Any, parts: int) -> None:
+def _multiply(x: Any, packed: Any, bias: Any, out: Any, parts: int, floats: bool) -> None:
     items = len(packed) * ((out.shape[0] + GROUP - 1) // GROUP)
     for part in prange(parts):
-        panels(x, packed, bias, out, items * part // parts, items * (part + 1) // parts)
+        panels(x, packed, bias, out, items * part // parts, items * (part + 1) // parts, floats)
 
 
 def multiply(x: Any, packed: Any, bias: Any, out: Any) -> None:
     """``out = x @ W.T + bias`` with ``W`` as :func:`hasten.nn.product.twelve_bits.pack` laid it out: the bits of
     :func:`hasten.nn.product.bfloat16.multiply`."""
-    _multiply(x, packed, bias, out, numba.get_num_threads())
+    _multiply(x, packed, bias, out, numba.get_num_threads(), False)
+
+
+def multiply_floats(x: Any, packed: Any, bias: Any, out: Any) -> None:
+    """The bits of :func:`hasten.nn.product.bfloat16.multiply_floats`."""
+    _multiply(x, packed, bias, out, numba.get_num_threads(), True)
 
 
 @njit(cache=True, parallel=True, error_model="numpy")
