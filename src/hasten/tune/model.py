@@ -7,6 +7,7 @@ measured once more from scratch before it is called best; if it does not hold, t
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ __all__ = ["TuneResult", "fidelity", "tune"]
 _MEASURED = {"latency", "quality", "size", "throughput", "memory", "energy"}
 _WHOLE = ("int8-network", "fused")
 """Formats of whole networks, whose operations are not those of the table of kernels."""
+_MOST_POINTS = 1000
+"""Of a space, that are looked through for those to begin with."""
 _BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
 
 
@@ -386,7 +389,7 @@ def tune(
             storage=Path(storage) if storage is not None else None,
             name=name,
             facts={"budget": str(budget), "model": _identity(model), "tokens": bench.tokens},
-            first=({"format": "unchanged"},),
+            first=_first(chosen),
         )
         candidates = search.run(time_limit=time_limit, clock=clock, progress=progress)
         return replace(_conclude(bench, candidates, axes, search.storage), points=chosen.size())
@@ -412,6 +415,16 @@ def _conclude(
         found.best, frontier, found.recipe, model, baseline, bench.budget, storage, found.comparison,
         sensitivity=sensitivities(bench.model, found.model, bench.kept),
     )  # fmt: skip
+
+
+def _first(space: Space) -> tuple[Point, ...]:
+    """The unchanged model, then whole networks in another form: the fewest, and mostly the furthest from it."""
+    points: list[Point] = [{"format": "unchanged"}]
+    formats = next((k.choices for k in space.knobs if k.name == "format"), ())
+    if any(f in _WHOLE for f in formats):
+        whole = (p for p in itertools.islice(space.points(), _MOST_POINTS) if p["format"] in _WHOLE)
+        points += [p for p in whole if not p.get("remove")]
+    return tuple(points)
 
 
 def _latency_key(budget: Budget) -> str:
