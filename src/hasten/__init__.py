@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
+from hasten import kernel_cache as _kernel_cache
 from hasten.budget import SLO, Budget
 from hasten.errors import HastenError
 
@@ -55,6 +57,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+_kernel_cache.install(_Path(__file__).parent)
 _ROOMS = frozenset(__all__) - {"SLO", "Budget", "HastenError"}
 
 
