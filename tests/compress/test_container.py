@@ -176,6 +176,22 @@ def test_programs_compute_what_the_module_does() -> None:
         run(x.numpy(), x.numpy())
 
 
+class Pairs(nn.Module):
+    """Asks for its batch as a number; with another one, neighbours would be mixed in silence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(int(x.shape[0]) // 2 if x.shape[0] > 2 else 1, -1)
+
+
+def test_a_batch_that_the_model_fixes_is_refused_by_name(tmp_path: Path) -> None:
+    save(Pairs(), tmp_path, torch.arange(8.0).view(2, 4))
+    run = load(tmp_path)
+    assert run(np.arange(8.0).reshape(2, 4)).shape == (1, 8)
+    assert run.meta["batch_reason"]
+    with pytest.raises(ConfigurationError, match="runs batches of 2, got 4"):
+        run(np.arange(16.0).reshape(4, 4))
+
+
 def test_what_the_runner_lacks_is_named_when_saving(tmp_path: Path) -> None:
     class Fold(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def save(
         slots = [[slot, name] for slot, name in program.slots]
         meta.update(program=program.steps, slots=slots, inputs=program.inputs, outputs=program.outputs)
         if program.batch is not None:
-            meta["batch"] = program.batch
+            meta |= {"batch": program.batch, "batch_reason": program.batch_reason}
     stored = {name: stored_form(t, quantized.get(name), encoding) for name, t in tensors.items()}
     for name, tensor in tensors.items():  # bit for bit, or not at all
         wanted = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()

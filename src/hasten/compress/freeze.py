@@ -43,6 +43,8 @@ class Program:
     """slots of the outputs, as references"""
     batch: int | None = None
     """None: any; else the model fixed it when it was traced"""
+    batch_reason: str = ""
+    """why it is fixed"""
 
 
 def freeze(model: nn.Module, example: Sequence[Any], *, batched: bool = True) -> Program:
@@ -52,7 +54,7 @@ def freeze(model: nn.Module, example: Sequence[Any], *, batched: bool = True) ->
     :class:`~hasten.errors.ConfigurationError` for an operation that the runner does not have.
     """
     plain = exportable(model).eval()
-    given = tuple(example)
+    given, reason = tuple(example), "the batch was not to be free"
     if batched:
         size = torch.export.Dim("batch", min=1)
         shapes = tuple({0: size} if isinstance(x, Tensor) and x.dim() else None for x in given)
@@ -64,15 +66,23 @@ def freeze(model: nn.Module, example: Sequence[Any], *, batched: bool = True) ->
             return _translate(torch.export.export(plain, several, dynamic_shapes=shapes))
         except ConfigurationError:
             raise
-        except Exception:  # the model asks for the batch as a number: fixed, then
-            pass
+        except Exception as error:  # torch raises many kinds where a model asks for its batch as a number: fixed, then
+            reason = _first_line(error)
     try:
         exported = torch.export.export(plain, given)
     except Exception as error:  # torch raises many kinds here
-        first = str(error).strip().splitlines()[0][:160]
-        raise ConfigurationError(f"the model cannot be exported ({first}); pass an example that it takes") from error
+        raise ConfigurationError(
+            f"the model cannot be exported ({_first_line(error)}); pass an example that it takes"
+        ) from error
     sizes = [len(x) for x in given if isinstance(x, Tensor) and x.dim()]
-    return replace(_translate(exported), batch=sizes[0] if sizes else None)
+    if not sizes:
+        return _translate(exported)
+    return replace(_translate(exported), batch=sizes[0], batch_reason=reason)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
 
 
 def _translate(exported: Any) -> Program:

@@ -60,8 +60,16 @@ class Frozen:
         """The outputs for these inputs, in the order of the model's arguments."""
         if len(inputs) != len(self._inputs):
             raise ConfigurationError(f"the model takes {len(self._inputs)} inputs, got {len(inputs)}")
+        arrays = [_array(x) for x in inputs]
+        batch, given = self.meta.get("batch"), next((len(a) for a in arrays if a.ndim), None)
+        if batch is not None and given != batch:
+            why = self.meta.get("batch_reason") or "the model asks for it as a number"
+            raise ConfigurationError(
+                f"this file runs batches of {batch}, got {given}; give that many, or save the model again with an "
+                f"example of that batch ({why})"
+            )
         values = dict(self._known)
-        values.update(zip(self._inputs, (_array(x) for x in inputs), strict=True))
+        values.update(zip(self._inputs, arrays, strict=True))
         for function, args, named, slot, done in self._steps:
             values[slot] = (
                 function(*_fill(args, values), **_fill(named, values)) if named else function(*_fill(args, values))
