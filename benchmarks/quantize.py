@@ -30,7 +30,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hasten.compress.quantize import NF4, Format, Gptq, Int, MiniFloat, Mse, PerChannel, PerGroup, Quantize
+from hasten.compress.quantize import (
+    NF4,
+    SCHEMES,
+    FitRanges,
+    Format,
+    Gptq,
+    Int,
+    MiniFloat,
+    Mse,
+    PerChannel,
+    PerGroup,
+    Quantize,
+)
 from hasten.files import write_text
 from hasten.measure import Machine
 
@@ -248,77 +260,93 @@ def vision(data: Path | None) -> tuple[nn.Module, list[Any], str, Callable[[nn.M
     return model, part.batches(images, 512), "", score
 
 
-def reordered(model: nn.Module, orders: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Copies of the linear layers with their inputs in other orders, and these orders; the first is the model's own.
+class Reordered(nn.Module):
+    """A linear layer that reads its inputs in another order; the same function."""
 
-    The function of a layer does not depend on the order of its inputs, but which of them share a scale does, and with
-    it every rounding. A single rounding of a small model is worth little: its loss differs from order to order by more
-    than formats differ. The mean over orders is what a way of rounding costs.
+    def __init__(self, layer: nn.Linear, order: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.linear.weight = nn.Parameter(layer.weight.detach()[:, order], requires_grad=False)
+        self.linear.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """-> what the layer gives."""
+        result: Tensor = self.linear(x[..., self.order])
+        return result
+
+
+def reordered(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The same function, the inputs of each linear layer in an order that is drawn.
+
+    Which inputs share a scale depends on the order, and with it every rounding. A single rounding of a small model is
+    worth little: its loss differs from order to order by more than formats differ. The mean over orders is what a way
+    of rounding costs.
     """
-    generator = torch.Generator().manual_seed(0)
-    layers = linear_layers(model)
-    drawn = [
-        {n: torch.randperm(m.in_features, generator=generator) if k else torch.arange(m.in_features)
-         for n, m in layers.items()}
-        for k in range(orders)
-    ]  # fmt: skip
-    every = nn.ModuleList()
-    for order in drawn:
-        copies = nn.ModuleDict()
-        for name, layer in layers.items():
-            other = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            other.weight = nn.Parameter(layer.weight.detach()[:, order[name]], requires_grad=False)
-            copies[name.replace(".", "/")] = other
-        every.append(copies)
-    return every, drawn
-
-
-def put_back(weights: Weights, drawn: list[dict[str, Tensor]]) -> list[Weights]:
-    """Rounded weights of :func:`reordered`, one set for each order, in the order of the model."""
-    found: list[Weights] = [{} for _ in drawn]
-    for path, weight in weights.items():
-        number, _, name = path.partition(".")
-        layer = name.replace("/", ".")
-        back = torch.empty_like(weight.float())
-        back[:, drawn[int(number)][layer]] = weight.float()
-        found[int(number)][layer] = back
-    return found
+    clone = copy.deepcopy(model)
+    for name, layer in linear_layers(clone).items():
+        order = torch.randperm(layer.in_features, generator=generator)
+        parent, _, leaf = name.rpartition(".")
+        setattr(clone.get_submodule(parent), leaf, Reordered(layer, order))
+    return clone.eval()
 
 
 def in_many_orders(
-    what: str, model: nn.Module, score: Callable[[nn.Module], float], orders: int, extra: list[str]
-) -> Row:
-    """int4 to nearest, the mean over orders of the inputs, for us and torchao."""
-    every, drawn = reordered(model, orders)
+    what: str, model: nn.Module, inputs: list[Any], score: Callable[[nn.Module], float], orders: int, extra: list[str]
+) -> list[Row]:
+    """int4 in groups of 32 with a zero point, the mean over orders of the inputs, for ways of ours and torchao."""
+    generator = torch.Generator().manual_seed(0)
+    every = [reordered(model, generator) for _ in range(orders)]
     fmt = Int(4, PerGroup(1, 32), symmetric=False, observer=Mse())
-    reply = ask("torchao", every, [], "", extra, bits=4, group=32, affine=True)
-    name = f"{what}: int4 g32, nearest, mean of {orders} orders of inputs"
-    mine = [score(with_weights(model, w)) for w in put_back(ours(every, fmt, [])[0], drawn)]
-    own = float(torch.tensor(mine).mean())
-    if isinstance(reply, str):
-        return Row(name, "torchao", ours=own, note=f"not here: {reply}")
-    peers = [score(with_weights(model, w)) for w in put_back(reply[0], drawn)]
-    theirs = float(torch.tensor(peers).mean())
-    spread = f"spread of one order: {torch.tensor(mine).std():.4f} and {torch.tensor(peers).std():.4f}"
-    return Row(name, "torchao", own, theirs, "", theirs / own, at_least=0.999, note=spread)
+    ways: dict[str, tuple[Any, ...]] = {
+        "nearest, no data": (), "nearest, ranges fitted to data": (FitRanges(),), "GPTQ": (Gptq(),)
+    }  # fmt: skip
+    reply = ask("torchao", nn.ModuleList(every), [], "", extra, bits=4, group=32, affine=True)
+    theirs: Tensor | None = None
+    if not isinstance(reply, str):
+        parts: list[Weights] = [{} for _ in every]
+        for path, weight in reply[0].items():
+            number, _, name = path.partition(".")
+            parts[int(number)][name] = weight
+        scores = [score(with_weights(m, w)) for m, w in zip(every, parts, strict=True)]
+        theirs = torch.tensor(scores, dtype=torch.float64)
+    rows = []
+    for way, steps in ways.items():
+        scores = [score(with_weights(m, ours(m, fmt, inputs, steps)[0])) for m in every]
+        mine = torch.tensor(scores, dtype=torch.float64)
+        name = f"{what}: int4 g32, {way}, mean of {orders} orders of inputs"
+        if theirs is None:
+            rows.append(Row(name, "torchao", ours=float(mine.mean()), note=f"not here: {reply}"))
+            continue
+        apart = mine - theirs
+        half = 2.13 * float(apart.std()) / orders**0.5  # Student's t for 16
+        note = f"ours - theirs {float(apart.mean()):+.5f} ± {half:.5f}; spread {mine.std():.4f} and {theirs.std():.4f}"
+        rows.append(
+            Row(name, "torchao", float(mine.mean()), float(theirs.mean()), "", float(theirs.mean() / mine.mean()),
+                at_least=0.999, note=note)
+        )  # fmt: skip
+    return rows
 
 
 def pairs(quick: bool) -> list[tuple[str, Format, tuple[Any, ...], str, dict[str, Any]]]:
     """(what, our format, our steps, peer, its knobs), at no more bits than the peer."""
     int4 = Int(4, PerGroup(1, 32), symmetric=False, observer=Mse())
-    gptq4 = Int(4, PerGroup(1, 32), full_range=True, observer=Mse())
+    preset = SCHEMES["W4A16"][0]  # with GPTQ: what hasten compress does by default where there is text
     int3 = Int(3, PerGroup(1, 32), symmetric=False, observer=Mse())
     found: list[tuple[str, Format, tuple[Any, ...], str, dict[str, Any]]] = [
         ("int8 per channel, nearest", Int(8, PerChannel(0)), (), "torchao", {"bits": 8, "group": 0, "affine": False}),
-        ("int4 g32, nearest", int4, (), "torchao", {"bits": 4, "group": 32, "affine": True}),
+        ("int4 g32, nearest, no data", int4, (), "torchao", {"bits": 4, "group": 32, "affine": True}),
+        ("int4 g32, nearest, ranges fitted to data", int4, (FitRanges(),), "torchao",
+         {"bits": 4, "group": 32, "affine": True}),
         ("int4 g32, ours with GPTQ", int4, (Gptq(),), "torchao", {"bits": 4, "group": 32, "affine": True}),
         ("int3 g32, ours with GPTQ", int3, (Gptq(),), "torchao", {"bits": 3, "group": 32, "affine": True}),
-        ("nf4 g64, nearest", NF4, (), "bitsandbytes", {}),
+        ("nf4 g64, nearest, no data", NF4, (), "bitsandbytes", {}),
+        ("nf4 g64, nearest, ranges fitted to data", NF4, (FitRanges(),), "bitsandbytes", {}),
         ("e2m1 per channel, nearest", MiniFloat(2, 1).per_channel(), (), "brevitas", {"e": 2, "m": 1}),
         ("nf4 g64, ours with GPTQ", NF4, (Gptq(),), "bitsandbytes", {}),
-        ("int4 g32 symmetric, both GPTQ", gptq4, (Gptq(),), "llm-compressor", {"group": 32}),
-    ]
-    return [row for row in found if not quick or ("int3" not in row[0] and "nf4 g64, ours" not in row[0])]
+        ("int4 g32 symmetric, both GPTQ (W4A16 --data)", preset, (Gptq(),), "llm-compressor", {"group": 32}),
+    ]  # fmt: skip
+    return [row for row in found if not quick or not ("int3" in row[0] or "nf4 g64, ours" in row[0])]
 
 
 def main() -> None:
@@ -362,7 +390,7 @@ def main() -> None:
             rows.append(Row(f"{what}: {name}", peer, mine, theirs, "", theirs / mine, at_least=0.999, note=note))
         if options.orders and what.startswith("vision"):
             told.print(f"{what}: other orders of inputs")
-            rows.append(in_many_orders(what, model, score, options.orders, options.peers))
+            rows += in_many_orders(what, model, inputs, score, options.orders, options.peers)
     show(rows)
     if options.output:
         write_text(
