@@ -2,9 +2,10 @@
 
 A product of a few rows reads its weight once, so what it can reach is the bytes of the codes over the bandwidth that
 the same run measures; the share is printed. Kernels run as graphs over enough copies of the weight that it comes from
-memory and not from a cache. The peers are torch's own: its bfloat16 product, ``_weight_int4pack_mm``, ``_int_mm`` and
-``_scaled_mm`` (both with the rounding of the rows). The decoders have random weights; a step's time is that of the
-replayed graph, and the whole with the way of the logits to the host.
+memory and not from a cache. The peers are torch's own: its bfloat16 product, ``_weight_int4pack_mm`` and
+``_scaled_mm``; and our byte products, all with the rounding of the rows. Which kernel is chosen for how many rows is
+printed with each shape. The decoders have random weights; a step's time is that of the replayed graph, and the whole
+with the way of the logits to the host.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from hasten.language.config import PRESETS
 
 SHAPES = ((4096, 4096), (11008, 4096), (2560, 2048), (11264, 2048), (2048, 5632), (1536, 1024), (5632, 1024))
 ROWS = (1, 16, 64, 512)
-OURS = {"int8": ("int8", 32), "int4": ("int4", 32), "int4 g128": ("int4", 128), "fp8": ("fp8", 32)}
-PEERS = ("int4-g128-torch", "int8-dynamic", "int8-bytes", "fp8-dynamic")
+OURS = {"int8": ("int8", 32, True), "W8A16": ("int8", 32, False), "int4": ("int4", 32, False),
+        "int4 g128": ("int4", 128, False), "fp8": ("fp8", 32, True)}  # fmt: skip
+"""precision, inputs of a scale, and whether rows may be rounded, as ``--dtype`` lets them"""
+PEERS = ("int4-g128-torch", "int8-bytes", "int8-bytes-wide", "fp8-bytes", "fp8-bytes-wide", "fp8-dynamic")
 clock = MonotonicClock()
 
 
@@ -74,7 +77,7 @@ def copies(size: int) -> int:
 
 def packs_of(form: str, shape: tuple[int, int], count: int | None = None) -> list[Packed]:
     """Random weights in our layout."""
-    precision, group = OURS[form]
+    precision, group, _ = OURS[form]
     weight = torch.randn(*shape, device="cuda") * shape[1] ** -0.5
     first = kernels_cuda.lay_out_at(weight, precision, group)
     wanted = copies(first.bytes) if count is None else count
@@ -87,9 +90,8 @@ def products(rows_of: Sequence[int], bandwidth: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for shape in SHAPES:
         packs = {form: packs_of(form, shape) for form in OURS}
-        runs = {form: kernels_cuda.product(packs[form][0], OURS[form][0]) for form in OURS}
-        ways = {form: kernels_cuda.choices(packs[form][0], OURS[form][0]) for form in OURS}
-        del runs
+        ways = {f: kernels_cuda.choices(packs[f][0], OURS[f][0], rounds=OURS[f][2]) for f in OURS}
+        print("; ".join(f"{f}: {' '.join(f'{n}={how}' for n, how in way.items())}" for f, way in ways.items()))
         plain = kernel("bf16", "cuda")
         weight = torch.randn(*shape, device="cuda") * shape[1] ** -0.5
         first = plain.pack(weight)
@@ -137,8 +139,10 @@ def decoders(names: Sequence[str], rounds: int, tokens: int) -> dict[str, Any]:
         for precision in ("bf16", "int8", "int4", "fp8"):
             begin = clock.now()
             contenders[precision] = Ours(model.with_precision(precision))
-            size = contenders[precision].executor.weight_bytes / 1e6
-            print(f"{name} {precision}: {size:.0f} MB of weights, made in {clock.now() - begin:.1f} s", flush=True)
+            made = contenders[precision].executor
+            speed = ", ".join(f"{n} {ratio:.2f}x" for n, ratio in made.speed.items())
+            size, took = made.weight_bytes / 1e6, clock.now() - begin
+            print(f"{name} {precision}: {size:.0f} MB of weights, made in {took:.1f} s {speed}", flush=True)
         for batch in (1, 16, 64):
             times: dict[str, list[float]] = {n: [] for n in contenders}
             for turn in range(rounds):

@@ -19,8 +19,9 @@ from gpu_compress import Timed, interleaved, packs_of
 from hasten.compress import kernels_triton as ours
 from hasten.compress.kernels_triton import Tiling
 
-SHAPES = ((4096, 4096), (11008, 4096), (2560, 2048), (2048, 5632))
-FORMATS = ("int8", "int4", "fp8")
+SHAPES = ((4096, 4096), (11008, 4096), (2560, 2048), (2048, 5632), (1536, 1024))
+FORMATS = ("int8", "int4", "fp8", "bytes")
+"""``bytes``: int8 weights times rows rounded to bytes, with the rounding"""
 
 
 def of_one_row() -> list[Tiling]:
@@ -48,8 +49,45 @@ def of_some(rows: int, four: bool) -> list[Tiling]:
     return found
 
 
-def run(rows: int, x: Any, packed: Any, cut: Tiling) -> Any:
+def of_bytes(rows: int) -> list[Tiling]:
+    """Cuts for bytes times bytes."""
+    many = max(16, min(128, rows))
+    if rows <= 64:
+        shapes = (
+            (64, 128, 4, 4),
+            (64, 128, 4, 3),
+            (32, 128, 4, 4),
+            (64, 256, 4, 3),
+            (128, 128, 4, 3),
+            (128, 128, 8, 3),
+        )
+        return [Tiling(b, w, many, 1, n, s) for b, w, n, s in shapes]
+    shapes = ((128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4))
+    wide = (Tiling(128, 128, 256, 1, 8, 3), Tiling(64, 128, 256, 1, 4, 3), Tiling(256, 128, 128, 1, 8, 3))
+    return [*(Tiling(b, w, many, 1, n, s) for b, w, n, s in shapes), *wide]
+
+
+def cuts_of(form: str, rows: int) -> list[Tiling]:
+    """What is compared."""
+    if form == "bytes":
+        return of_bytes(rows)
+    return of_one_row() if rows == 1 else of_some(rows, form == "int4")
+
+
+def stored(form: str) -> str:
+    """How the weight lies in memory."""
+    return "int8" if form == "bytes" else form
+
+
+def in_use(form: str, rows: int, packed: Any) -> Tiling:
+    """What a product takes now."""
+    return ours.cut_of_bytes(rows, False) if form == "bytes" else ours.tiling(rows, packed)
+
+
+def run(form: str, rows: int, x: Any, packed: Any, cut: Tiling) -> Any:
     """One product."""
+    if form == "bytes":
+        return ours.by_bytes(x, packed, None, cut)
     return (ours.by_row if rows == 1 else ours.by_tiles)(x, packed, None, cut)
 
 
@@ -58,9 +96,9 @@ def compiled(job: tuple[str, int, Tiling]) -> str | None:
     form, rows, cut = job
     try:
         for shape in ((1024, 4096), (1024, 5632)):
-            packed = packs_of(form, shape, 1)[0]
+            packed = packs_of(stored(form), shape, 1)[0]
             x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
-            run(rows, x, packed, cut)
+            run(form, rows, x, packed, cut)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001  (a cut may need more memory than a multiprocessor has)
         return f"{type(error).__name__}: {str(error)[:80]}"
@@ -80,7 +118,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA device")
     jobs = []
     for form, rows in itertools.product(chosen.formats, chosen.rows):
-        cuts = of_one_row() if rows == 1 else of_some(rows, form == "int4")
+        cuts = cuts_of(form, rows)
         seen = {(c.block, c.width, c.many, c.warps, c.stages, c.splits > 1): c for c in cuts}
         jobs += [(form, rows, c) for c in seen.values()]
     with ProcessPoolExecutor(chosen.processes, mp_context=get_context("spawn")) as pool:
@@ -90,12 +128,13 @@ def main() -> None:
     lost = {(f, r, c.block, c.width, c.warps, c.stages) for f, r, c in failed}
     found: dict[str, Any] = {}
     for form, rows, shape in itertools.product(chosen.formats, chosen.rows, SHAPES):
-        packs = packs_of(form, shape)
+        packs = packs_of(stored(form), shape)
         x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        cuts = of_one_row() if rows == 1 else of_some(rows, form == "int4")
-        use = ours.tiling(rows, packs[0])
+        cuts, use = cuts_of(form, rows), in_use(form, rows, packs[0])
         candidates = {use, *(c for c in cuts if (form, rows, c.block, c.width, c.warps, c.stages) not in lost)}
-        calls = {c: Timed(lambda p, c=c, x=x, rows=rows: run(rows, x, p, c), packs) for c in candidates}
+        calls = {
+            c: Timed(lambda p, c=c, x=x, rows=rows, form=form: run(form, rows, x, p, c), packs) for c in candidates
+        }
         times = interleaved(calls, 5)
         order = sorted(times, key=lambda c: times[c])
         share = packs[0].bytes / times[order[0]] / 1e12

@@ -88,3 +88,14 @@ def test_every_request_is_served_with_its_lengths() -> None:
     assert values["goodput"] > 0
     with pytest.raises(ConfigurationError, match="no precision"):
         search("x", SLO.parse("ttft<1s"), precisions=[], model=model)
+
+
+def test_devices_of_the_command_line() -> None:
+    ran = CliRunner().invoke(app, ["pycode-4m", "--slo", "ttft<1s", "--device", "cuda"])
+    assert isinstance(ran.exception, ConfigurationError)
+    assert "--slo tunes serving on the CPU" in str(ran.exception)
+    ran = CliRunner().invoke(
+        app, ["made_to_be_tuned:tiny", "--budget", "p99<1s", "--input-shape", "4x64", "--device", "cuda:9"]
+    )
+    assert isinstance(ran.exception, ConfigurationError)
+    assert "device 'cuda:9' is not here" in str(ran.exception)

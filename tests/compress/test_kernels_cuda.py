@@ -166,6 +166,7 @@ def test_weight_precision_stays_on_the_gpu(format, tmp_path, monkeypatch):
         (Int(4, PerGroup(1, 32), symmetric=False), None, "int4-g32-row"),
         (FP8_E4M3.per_channel(), None, "fp8-tiles"),
         (FP8_E4M3.per_channel(), "token", "fp8-dynamic"),
+        (FP8_E4M3.per_channel(), "token", "fp8-bytes"),
     ],
 )
 def test_simulated_layers_become_real_on_the_gpu(weight, activation, kernel):

@@ -143,6 +143,17 @@ def test_rows_are_rounded_to_nearest(rows, inner, seed, scale):
         assert not codes[rows:].float().any()
 
 
+def test_float8_times_float8():
+    """Of codes that are powers of two nothing rounds, and sums are few bits wide."""
+    line = 2.0 ** (torch.arange(70, device=DEVICE) % 3).float()
+    weight = line * torch.tensor([(-1.0) ** i * (i + 1) for i in range(32)], device=DEVICE)[:, None]
+    packed = layout.float8_rows(weight)
+    x = 2.0 ** torch.arange(9, device=DEVICE).float()[:, None] * torch.ones(70, device=DEVICE)
+    expected = x @ weight.t()
+    assert bool((expected.abs() > 100).all())
+    torch.testing.assert_close(ours.by_bytes(x, packed), expected, rtol=2e-3, atol=0.0)
+
+
 def test_zeros_and_empty_batches():
     packed = layout.int4_groups(torch.zeros(20, 64, device=DEVICE))
     x = numbers(3, 64)
@@ -196,6 +207,47 @@ def test_a_product_chooses_by_its_rows(precision):
     near(layout.opened(packed), weight, {"int8": 0.01, "int4": 0.12, "fp8": 0.04}[precision])
 
 
+def test_rows_are_rounded_only_where_that_is_asked_for():
+    weight = numbers(40, 64)
+    packed = kernels_cuda.lay_out_at(weight, "int8")
+    x = numbers(300, 64, seed=9)
+    exact = x @ layout.opened(packed).t()
+    if DEVICE.type == "cpu":
+        assert kernels_cuda.choices(packed, "int8")[256] == "opened"
+        assert kernels_cuda.choices(packed, "int8", rounds=True)[256] == "bytes"
+    near(kernels_cuda.product(packed, "int8")[0](x), exact, 5e-3)
+    rounded = kernels_cuda.product(packed, "int8", rounds=True)[0](x)
+    near(rounded, exact, 1.5e-2)
+    grouped = layout.int8_rows(weight, 16)
+    near(
+        kernels_cuda.product(grouped, "int8", rounds=DEVICE.type == "cuda")[0](x), x @ layout.opened(grouped).t(), 5e-3
+    )
+
+
+def test_both_cuts_of_byte_products_give_the_same():
+    packed, bias = layout.int8_rows(numbers(40, 70)), numbers(40, seed=2)
+    x = numbers(70, 70, seed=3)
+    assert torch.equal(ours.by_bytes(x, packed, bias), ours.by_bytes(x, packed, bias, wide=True))
+    plain = ours.by_bytes(x, packed)
+    torch.testing.assert_close(ours.by_bytes(x, packed, bias), plain + bias)
+
+
+@pytest.mark.parametrize("precision", kernels_cuda.PRECISIONS)
+def test_cuts_fit_what_they_cut(precision):
+    """Counters exist for each tile, every program has work, and parts stay smaller than codes."""
+    for outs, inner in ((8, 16), (1536, 1024), (4096, 4096), (300, 11008)):
+        packed = kernels_cuda.lay_out_at(torch.zeros(outs, inner, device=DEVICE), precision)
+        held = layout.codes_in(packed)
+        for rows in (1, 2, 16, 17, 64, 65, 512, 5000):
+            cut = ours.tiling(rows, packed)
+            assert cut.width & (cut.width - 1) == 0
+            assert cut.many & (cut.many - 1) == 0
+            tiles = -(-outs // cut.block) * -(-rows // cut.many)
+            assert cut.splits == 1 or tiles <= held.counters.numel()
+            steps = -(-held.codes.shape[1] // cut.width)
+            assert cut.splits <= steps
+
+
 NAMES = ["int8-row", "int8-tiles", "int8-opened", "int8-bytes", "int4-g64-tiles", "fp8-row", "fp8-tiles"]
 
 
@@ -220,15 +272,30 @@ from triton.compiler import ASTSource
 from hasten.compress import kernels_triton as ours
 
 HALF, WHOLE = "*bf16", "i32"
-KINDS = dict(x=HALF, bias=HALF, out=HALF, scales="*fp16", zeros="*fp32", scratch="*fp32", counters="*i32",
+KINDS = dict(steps_of="*fp32", steps="*fp32", x=HALF,
+             bias=HALF, out=HALF, scales="*fp16", zeros="*fp32", scratch="*fp32", counters="*i32",
              rows=WHOLE, outs=WHOLE, inner=WHOLE, line=WHOLE, groups=WHOLE, x_stride=WHOLE, splits=WHOLE)
 
 
-def made(kernel, codes, **constants):
-    kinds = KINDS | {"codes": codes}
+def made(kernel, codes, given=HALF, options=None, **constants):
+    kinds = KINDS | {"codes": codes, "x": given}
+    if kernel is ours._round_kernel:
+        kinds["out"] = codes
+    if kernel is ours._byte_kernel:
+        kinds["scales"] = "*fp32"
     signature = {n: "constexpr" if n in constants else kinds[n] for n in kernel.arg_names}
     at = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, constexprs=at), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    source = ASTSource(kernel, signature, constexprs=at, attrs=aligned(kernel, constants))
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert result.metadata.shared <= 227 * 1024, (kernel, constants, result.metadata.shared)
+    return result.asm["ptx"]
+
+
+def aligned(kernel, constants):
+    # addresses and strides are multiples of 16, as a launch finds out
+    rest = ("rows", "groups", "splits")
+    names = [n for n in kernel.arg_names if n not in constants and n not in rest]
+    return {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in names}
 
 
 for codes, group in (("*i8", 0), ("*u8", 32), ("*fp8e4nv", 0)):
@@ -237,6 +304,15 @@ for codes, group in (("*i8", 0), ("*u8", 32), ("*fp8e4nv", 0)):
     ptx = made(ours._tile_kernel, codes, block=64, width=64, many=16, shared=True, apart=False, kind=tl.bfloat16,
                floats=codes == "*fp8e4nv", **shared)
     print("mma" in ptx, ("prmt" in ptx) >= (codes == "*u8"))
+for rows, wide in ((16, False), (512, False), (512, True)):
+    cut = ours.cut_of_bytes(rows, wide)
+    ptx = made(ours._byte_kernel, "*i8", "*i8", dict(num_warps=cut.warps, num_stages=cut.stages), block=cut.block,
+               width=cut.width, many=cut.many, biased=True, even=True, floats=False)
+    floats = made(ours._byte_kernel, "*fp8e4nv", "*fp8e4nv", dict(num_warps=cut.warps, num_stages=cut.stages),
+                  block=cut.block, width=cut.width, many=cut.many, biased=True, even=False, floats=True)
+    print("s8.s8" in ptx and "e4m3.e4m3" in floats)
+for codes, whole in (("*i8", True), ("*fp8e4nv", False)):
+    made(ours._round_kernel, codes, width=8192, top=127.0, whole=whole, once=True, options=dict(num_warps=8))
 """
 
 
@@ -246,4 +322,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
-    assert done.stdout.split() == ["True"] * 6, done.stderr[-800:]
+    assert done.stdout.split() == ["True"] * 9, done.stderr[-800:]

@@ -18,7 +18,7 @@ from hasten.language import executor as executors
 from hasten.language import kernels_triton, load
 from hasten.language import linear as linears
 from hasten.language.codes import moved
-from hasten.language.compressed import write
+from hasten.language.compressed import CompressedReader, write
 from hasten.language.config import DecoderConfig
 from hasten.language.gpu import GpuSteps
 from hasten.language.linear import PackedLinear, pack
@@ -31,15 +31,18 @@ if not kernels_triton.available():
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 CONFIG = DecoderConfig(
-    vocab_size=96, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96,
+    vocab_size=96, hidden_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=96,
     max_position_embeddings=128,
 )  # fmt: skip
 IDS = torch.randint(0, 96, (20,), generator=torch.Generator().manual_seed(0)).tolist()
 SCHEMES = ("W8A16", "W4A16", "FP8_DYNAMIC", "W3A16", "NF4")
+ROUNDED = {"int8": 0.04, "int4": 0.03, "fp8": 0.12, "FP8_DYNAMIC": 0.12}
+"""relative error of logits where kernels may round activations as well (a GPU measures which are quicker)"""
 
 
-def as_on_a_gpu(weight, precision, *, bias=None, deterministic=False):
+def as_on_a_gpu(weight, precision, *, bias=None, deterministic=False, rounds=None):
     """What :func:`pack` does with a tensor of a GPU."""
+    rounds = not isinstance(weight, Quantized) if rounds is None else rounds
     if isinstance(weight, Quantized):
         found = packed_of(weight)
         if found is None:
@@ -52,7 +55,7 @@ def as_on_a_gpu(weight, precision, *, bias=None, deterministic=False):
         return PackedLinear(
             lambda x: torch.nn.functional.linear(x, weight, bias), *weight.shape[::-1], 4 * weight.numel()
         )
-    run, size = product(packed, precision, bias)
+    run, size = product(packed, precision, bias, rounds=rounds)
     return PackedLinear(run, packed.shape[1], packed.shape[0], size)
 
 
@@ -121,7 +124,7 @@ def test_a_plain_model_at_fewer_bits(precision, gpu):
     with torch.no_grad():
         expected = decoder(torch.tensor([IDS]))[0]
     found = logits_of(executor)
-    assert far(found, expected) < 0.03
+    assert far(found, expected) < ROUNDED[precision]
     plain = random_model(CONFIG, weights=torch.float32, dtype="bf16").executor
     layers = executor.weight_bytes - executor._head.num_bytes
     wanted = {"int8": 0.6, "fp8": 0.6, "int4": 0.45}[precision]
@@ -137,16 +140,15 @@ def test_folders_run_as_they_are_stored(scheme, source, gpu, tmp_path, caplog):
         executor = gpu(tmp_path / "small")
     with torch.no_grad():
         expected = replace_inputs(small)(torch.tensor([IDS]))[0]
-    assert far(logits_of(executor), expected) < 0.03
+    assert far(logits_of(executor), expected) < ROUNDED.get(scheme, 0.03)
     size = executor._layers[0].feed_forward.down.num_bytes
     if scheme == "NF4":
         assert size >= 2 * 64 * 96
         if CUDA:
-            assert len(caplog.records) == 1, "one line for all matrices of a format"
-            assert "no kernel" in caplog.text
+            assert caplog.text.count("no kernel") == 1, "one line for all matrices of a format"
     else:
         assert size < 64 * 96 * 1.6
-        assert not caplog.records
+        assert "no kernel" not in caplog.text
 
 
 def replace_inputs(small):
@@ -172,9 +174,11 @@ def test_graphs_replay_codes(precision, gpu):
         launched = executor.step(batch, plain)
         executor._gpu.captures = True
         # padding may take other kernels
-        assert far(replayed, launched) < 0.02
+        assert far(replayed, launched) < max(0.02, ROUNDED[precision])
         for half, other in ((cache.keys, plain.keys), (cache.values, plain.values)):
-            torch.testing.assert_close(half.float(), other.float(), atol=0.06, rtol=0.06)
+            if precision == "int4":
+                torch.testing.assert_close(half.float(), other.float(), atol=0.06, rtol=0.06)
+            assert far(half.float(), other.float()) < ROUNDED[precision]
 
 
 @pytest.mark.skipif(not CUDA, reason="compares a GPU with the CPU")
@@ -189,6 +193,28 @@ def test_the_embedded_model_says_the_same_as_on_the_cpu(precision):
     clear = first - second > 2 * (mine - theirs).abs().amax(1)
     assert int(clear.sum()) >= 5
     assert torch.equal(mine.argmax(1)[clear], theirs.argmax(1)[clear])
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("W8A8", True), ("FP8_DYNAMIC", True), ("W8A16", False)])
+def test_folders_say_whether_inputs_are_rounded(scheme, expected, source, tmp_path):
+    folder, decoder = source
+    small = Quantize.scheme(scheme, skip=("lm_head",), real="never")(decoder)
+    write(small, folder, tmp_path / "small")
+    with CompressedReader(tmp_path / "small", CONFIG) as reader:
+        assert reader.rounds_inputs is expected
+
+
+def test_what_is_slower_than_bfloat16_is_said_in_a_line(gpu, caplog):
+    executor = gpu(CONFIG, "int8")
+    executor._times = {1: (1.0, 1.5), 512: (2.0, 1.5)}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hasten.language"):
+        executor._say_what_is_slower()
+        assert "against bfloat16: 1.50x with 1 rows, 0.75x with 512 rows" in caplog.text
+        caplog.clear()
+        executor._times = {1: (1.0, 1.5)}
+        executor._say_what_is_slower()
+        assert not caplog.records
 
 
 def test_what_cannot_run_is_said_in_a_line(monkeypatch):

@@ -87,3 +87,23 @@ def test_bad_input_is_one_line() -> None:
         hasten.measure.measure(layer, torch.zeros(1, 2), "p99>1ms", ceilings=ROOFS)
     with pytest.raises(ConfigurationError, match="device 'tpu' is not here"):
         hasten.measure.measure(layer, torch.zeros(1, 2), device="tpu", ceilings=ROOFS)
+
+
+def test_a_model_that_lies_elsewhere_is_refused_in_a_line() -> None:
+    with pytest.raises(ConfigurationError, match="the model lies on meta and would be measured on cpu; say device="):
+        hasten.measure(nn.Linear(4, 4, device="meta"), torch.zeros(1, 4))  # type: ignore[operator]
+    split = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ConfigurationError, match=r"on several devices \(cpu, meta\); move all of it to one"):
+        hasten.measure(split, torch.zeros(1, 4))  # type: ignore[operator]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu() -> None:
+    model, x = nn.Linear(2048, 2048).cuda(), torch.zeros(64, 2048, device="cuda")
+    roofs = Ceilings("cuda", 1e12, 1e12, {"float32": 1e13})
+    m = hasten.measure(model, x, protocol=QUICK, ceilings=roofs, device="cuda")  # type: ignore[operator]
+    assert m.cost.macs == 64 * 2048 * 2048
+    rows = 64 * 2048 * 4
+    assert m.cost.weight_bytes + rows <= m.memory < m.cost.weight_bytes + 64 * 2**20
+    with pytest.raises(ConfigurationError, match="lies on cuda:0 and would be measured on cpu"):
+        hasten.measure(model, x)  # type: ignore[operator]

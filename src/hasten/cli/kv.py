@@ -150,7 +150,9 @@ def encode(
     name: Annotated[str | None, typer.Option(help="Name of the context; the file's by default.")] = None,
     levels: Annotated[str, typer.Option(help="Levels to store, by commas; 0 is exact.")] = "0,1,2,3",
     chunk: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 1000,
-    dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4; fp8 on a GPU.")
+    ] = "auto",
     json: _Json = False,
 ) -> None:
     """Compute the cache of a text and store it in chunks; the codec is fitted at the first time."""
@@ -200,7 +202,9 @@ def decode(
     level: Annotated[int, typer.Option(help="Level to read; 0 is exact.")] = 2,
     prompt: Annotated[str, typer.Option(help="Text behind the context.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Tokens to write behind it.")] = 32,
-    dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4; fp8 on a GPU.")
+    ] = "auto",
 ) -> None:
     """Read a stored cache and go on writing from it, without computing the context."""
     from hasten.errors import ConfigurationError, ContextLengthError, DataError

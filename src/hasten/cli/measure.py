@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["build", "calibration_inputs", "examples", "measure", "taken"]
+__all__ = ["build", "calibration_inputs", "examples", "measure", "moved", "taken"]
 
 
 def measure(
@@ -20,7 +20,7 @@ def measure(
     input_dtype: Annotated[str, typer.Option("--input-dtype", help="float32, bfloat16, int64, …")] = "float32",
     budget: Annotated[str | None, typer.Option("--budget", help='Such as "p99<50ms, size<2GiB".')] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Weights of a language model: auto, fp32, bf16, int8.")
+        str, typer.Option("--dtype", help="Weights of a language model: auto, fp32, bf16, int8, int4; fp8 on a GPU.")
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     time: Annotated[str, typer.Option("--time", help="About how long to measure, such as 15s.")] = "15s",
@@ -49,8 +49,7 @@ def measure(
 
             module = build(model)
             example = examples(input_shape, input_dtype, device)
-            if device == "cpu":  # elsewhere the module is moved first
-                taken(model, module, example)
+            taken(model, moved(module, device), example)
             rules = Protocol(min_samples=50, min_time=limit / 3, max_time=limit)
             result = measure_module(
                 module, example, allowed, name=model, protocol=rules, device=device, power=power, ceilings=roofs,
@@ -128,6 +127,15 @@ def examples(shapes: list[str] | None, dtype: str, device: str) -> Any:
     return made[0] if len(made) == 1 else tuple(made)
 
 
+def moved(module: Any, device: str) -> Any:
+    """The module on ``device``; another callable as it is. Raises ConfigurationError for a device that is not here."""
+    import torch
+
+    from hasten.measure.device import resolve
+
+    return module.to(resolve(device)) if isinstance(module, torch.nn.Module) else module
+
+
 def taken(target: str, module: Any, example: Any) -> Any:
     """The module in eval mode, if it takes the example; ConfigurationError on one line where its code does not."""
     import torch
@@ -163,7 +171,7 @@ def calibration_inputs(path: Path, example: Any) -> list[Any]:
         raise DataError(f"{path} is no .npy array ({error}); write it with numpy.save") from error
     if not isinstance(example, torch.Tensor) or array.ndim < 1 or array.shape[1:] != tuple(example.shape[1:]):
         raise DataError(f"{path} holds {array.shape}; give (examples, {', '.join(map(str, example.shape[1:]))})")
-    return [torch.from_numpy(row[None].copy()).to(example.dtype) for row in array]
+    return [torch.from_numpy(row[None].copy()).to(example) for row in array]
 
 
 def _show(console: Any, result: Any) -> None:

@@ -27,7 +27,9 @@ def serve(
     kv_precision: Annotated[
         str, typer.Option(help="Numbers of the KV cache: auto (as the activations) or int8, about half the bytes.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4; fp8 on a GPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the model's kernels.")] = None,
     deterministic: Annotated[

@@ -28,7 +28,9 @@ def bench_speculate(
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 96,
     rounds: Annotated[int, typer.Option(help="Turns of each.")] = 3,
     temperature: Annotated[float, typer.Option(help="For --shapes; speed is measured greedily.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the weights: auto, fp32, bf16, int8, int4; fp8 on a GPU.")
+    ] = "auto",
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Answers are equal to the last token, at some cost in speed.")
     ] = False,

@@ -41,6 +41,7 @@ def tune(
         list[str] | None, typer.Option("--input-shape", help="For a module: shape such as 1x3x224x224.")
     ] = None,
     input_dtype: Annotated[str, typer.Option("--input-dtype", help="float32, bfloat16, int64, …")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="For a module: cpu or cuda.")] = "cpu",
     storage: Annotated[
         Path | None, typer.Option("--storage", help="SQLite file; a killed search goes on from it.")
     ] = None,
@@ -67,7 +68,7 @@ def tune(
     from rich.markup import escape
 
     from hasten.budget import SLO, parse_quantity
-    from hasten.cli.measure import build, calibration_inputs, examples, taken
+    from hasten.cli.measure import build, calibration_inputs, examples, moved, taken
     from hasten.cli.progress import stages
     from hasten.compress import Recipe
     from hasten.errors import ConfigurationError
@@ -76,13 +77,16 @@ def tune(
     limit = parse_quantity(time_limit, "time")
     if (budget is None) == (slo is None):
         raise ConfigurationError("say what to meet: --budget for a module, or --slo for a served language model")
+    if slo is not None and device != "cpu":
+        raise ConfigurationError("--slo tunes serving on the CPU; leave --device out")
     result: Any
     with stages(console) as told:
         if budget is not None:
             from hasten.tune.model import tune as tune_module
 
-            example = examples(input_shape, input_dtype, "cpu")
-            module = taken(model, build(model), example)
+            module = moved(build(model), device)
+            example = examples(input_shape, input_dtype, device)
+            module = taken(model, module, example)
             result = tune_module(
                 module, [example], budget, storage=storage, time_limit=limit, power=power, progress=told,
                 recipes=[Recipe.load(path) for path in also or []],

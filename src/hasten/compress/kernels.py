@@ -324,11 +324,14 @@ def _measure_row(
         size = max(size, 3 * torch.cuda.get_device_properties(device).L2_cache_size)
     calls: dict[str, Callable[[], object]] = {}
     counts: dict[str, int] = {}
+    shared: dict[object, list[Packed]] = {}  # on a GPU, whose memory is small, kernels of a layout read the same copies
     for name in names:
         candidate = kernel(name, device)
-        first = candidate.pack(weight)
-        counts[name] = max(1, min(32, size // max(first.bytes, 1)))
-        packs = [first, *(candidate.pack(weight) for _ in range(counts[name] - 1))]
+        layout: object = candidate.pack if device.type == "cuda" else name
+        packs = shared.get(layout) or [candidate.pack(weight)]
+        counts[name] = max(1, min(32, size // max(packs[0].bytes, 1)))
+        packs += [candidate.pack(weight) for _ in range(counts[name] - len(packs))]
+        shared[layout] = packs
         given = x.float() if candidate.precision == "fp32" or inputs == torch.float32 else x
         calls[name] = _sweep(candidate, given, packs)
     rules = protocol or Protocol(warmup=1, warmup_time=0.0, min_samples=7, min_time=0.03, max_time=4.0)

@@ -8,7 +8,7 @@ the codes and leaving the product to the library. Bound of the few: bytes of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from hasten.measure.latency import Protocol
 __all__ = [
     "GROUP_SIZES",
     "PRECISIONS",
+    "against_bf16",
     "captured",
     "choices",
     "cuda_kernels",
@@ -38,8 +39,16 @@ GROUP_SIZES = (32, 64, 128, 256)
 PRECISIONS = ("int8", "int4", "fp8")
 """what :func:`lay_out_at` stores"""
 _ERRORS = {"int8": 1.5e-2, "int4": 0.13, "fp8": 3.5e-2}
-_ROWS = {1: ("row", "tiles"), 16: ("tiles", "opened"), 64: ("tiles", "opened"), 256: ("tiles", "opened")}
+_ROWS = {1: ("row", "tiles"), **dict.fromkeys((16, 64, 256, 512), ("tiles", "opened"))}
 """numbers of rows at which the kernels of one layout are compared, and which of them could win there"""
+_ROUNDED: dict[str, dict[int, tuple[str, ...]]] = {
+    "int8": {**dict.fromkeys((16, 64), ("bytes",)), **dict.fromkeys((256, 512), ("bytes", "bytes-wide"))},
+    "fp8": {
+        **dict.fromkeys((16, 64), ("bytes", "dynamic")),
+        **dict.fromkeys((256, 512), ("bytes", "bytes-wide", "dynamic")),
+    },
+}
+"""those that round the rows as well; ``int8-dynamic`` is left out, for its sums pass through memory as int32"""
 _FEW = 4
 """rows from which reading a weight for each of them is never worth it"""
 
@@ -52,7 +61,12 @@ def _by_row(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return (ours.by_row if x.shape[0] <= _FEW else ours.by_tiles)(x, packed, bias)
 
 
+def _by_bytes_wide(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    return ours.by_bytes(x, packed, bias, wide=True)
+
+
 _RUNS: dict[str, Run] = {"row": _by_row, "tiles": ours.by_tiles, "opened": ours.by_opening}
+_BYTES: dict[str, Run] = {"bytes": ours.by_bytes, "bytes-wide": _by_bytes_wide}
 
 
 def family(precision: str, group: int = 0) -> str:
@@ -74,9 +88,12 @@ def cuda_kernels() -> list[LinearKernel]:
     for precision, group, pack in layouts:
         found += [_ours(precision, group, pack, how) for how in _RUNS]
     bytes_only = _ours("int8", 0, layout.int8_rows, "tiles")
-    found.append(_other(bytes_only, "int8-bytes", lambda x, p: ours.by_bytes(x, p), 2e-2, lambda out, inner: True))
+    for how in _BYTES:
+        found.append(_other(bytes_only, f"int8-{how}", partial(_run_of, _BYTES[how]), 2e-2, lambda out, inner: True))
     found.append(_other(bytes_only, "int8-dynamic", _run_bytes, 2e-2, lambda out, inner: out % 8 == 0))
     floats = _ours("fp8", 0, layout.float8_rows, "tiles")
+    for how in _BYTES:
+        found.append(_other(floats, f"fp8-{how}", partial(_run_of, _BYTES[how]), 5e-2, lambda out, inner: True))
     found.append(_other(floats, "fp8-dynamic", _run_float8, 5e-2, lambda out, inner: out % 16 == 0))
     return found
 
@@ -111,6 +128,10 @@ def _ours(precision: str, group: int, pack: Callable[[Tensor], Packed], how: str
     )
 
 
+def _run_of(run: Run, x: Tensor, packed: Packed) -> Tensor:
+    return run(x, packed, None)
+
+
 def _other(
     like: LinearKernel, name: str, run: Callable[[Tensor, Packed], Tensor], error: float,
     supports: Callable[[int, int], bool],
@@ -130,7 +151,7 @@ def _run_bytes(x: Tensor, packed: Packed) -> Tensor:
     return (total * steps[:rows, None]).mul_(held.scales.view(1, -1)).to(x.dtype)
 
 
-def _run_float8(x: Tensor, packed: Packed) -> Tensor:
+def _run_float8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """Rows as FP8 with a step each, through ``torch._scaled_mm``."""
     held, rows = layout.codes_in(packed), x.shape[0]
     codes, steps = ours.round_rows(x, held.codes.shape[1], torch.float8_e4m3fn, -(-rows // 16) * 16)
@@ -138,7 +159,8 @@ def _run_float8(x: Tensor, packed: Packed) -> Tensor:
         codes, held.codes.t(), scale_a=steps[:, None], scale_b=held.scales.view(1, -1), out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
-    return result[:rows].to(x.dtype)
+    result = result[:rows].to(x.dtype)
+    return result if bias is None else result.add_(bias)
 
 
 _TILES_OF_INPUTS = 8
@@ -193,36 +215,70 @@ def needs_triton(what: str) -> None:
         raise MissingExtraError("triton", "gpu", f"weights in {what} on a GPU")
 
 
-def product(packed: Packed, precision: str, bias: Tensor | None = None) -> tuple[Callable[[Tensor], Tensor], int]:
+def product(
+    packed: Packed, precision: str, bias: Tensor | None = None, *, rounds: bool = False
+) -> tuple[Callable[[Tensor], Tensor], int]:
     """``x (rows, in) -> x Wᵀ + bias (rows, out)`` in the type of x, and the bytes of the codes.
 
     Which kernel runs follows from the number of rows alone, by the measured table of the device, so a call can be
-    captured in a graph. One call at a time may use a weight.
+    captured in a graph. ``rounds``: kernels that round each row of x to bytes (FP8 with FP8 weights) may win, too. One
+    call at a time may use a weight.
     """
     needs_triton(precision)
-    choice = choices(packed, precision)
+    choice = choices(packed, precision, rounds=rounds)
     offset = None if bias is None else bias.detach().clone().contiguous()
     return lambda x: way_for(choice, x.shape[0])(x, packed, offset), packed.bytes
 
 
 def way_for(choice: dict[int, str], rows: int) -> Run:
     """What runs ``rows`` rows, of what :func:`choices` gave."""
-    return _RUNS[choice[next((n for n in choice if rows <= n), max(choice))]]
+    how = choice[next((n for n in choice if rows <= n), max(choice))]
+    return _run_float8 if how == "dynamic" else (_RUNS | _BYTES)[how]
 
 
-def choices(packed: Packed, precision: str) -> dict[int, str]:
+def choices(packed: Packed, precision: str, *, rounds: bool = False) -> dict[int, str]:
     """Up to which number of rows which kernel runs; the last one beyond all."""
-    device = packed.tensors[0].device
-    if device.type != "cuda":  # the interpreter has no times
-        return {1: "row", 64: "tiles", 256: "opened"}
-    from hasten.compress.kernels import measure_kernels
+    if packed.device.type != "cuda":  # the interpreter has no times
+        return {1: "row", 64: "tiles", 256: "bytes" if rounds and precision == "int8" and _whole(packed) else "opened"}
+    found = {}
+    for rows, times in _times(packed, precision, rounds).items():
+        ours_only = {how: t for how, t in times.items() if how != "bf16"}
+        found[rows] = min(ours_only, key=lambda how: ours_only[how])
+    return found or {1: "tiles"}
 
+
+def against_bf16(packed: Packed, precision: str, *, rounds: bool = False) -> dict[int, tuple[float, float]]:
+    """Seconds of what :func:`choices` takes and of a bfloat16 weight, by rows; nothing where there is no GPU."""
+    if packed.device.type != "cuda":
+        return {}
+    found = {}
+    for rows, times in _times(packed, precision, rounds).items():
+        found[rows] = (min(t for how, t in times.items() if how != "bf16"), times["bf16"])
+    return found
+
+
+def _whole(packed: Packed) -> bool:
+    """Whether a row of the weight has one scale and no zero point, so that sums of bytes can be scaled at the end."""
+    return not packed.group and not layout.codes_in(packed).zeros.numel()
+
+
+def _times(packed: Packed, precision: str, rounds: bool) -> dict[int, dict[str, float]]:
+    """Seconds of each way by rows, from the table; a weight of the same shape and precision stands for this one."""
+    from hasten.compress.kernels import available, measure_kernels
+
+    device = packed.device
     wanted = min(packed.group or GROUP_SIZES[0], GROUP_SIZES[-1])
     stem = family(precision, next(g for g in GROUP_SIZES if g >= wanted))
+    rounds = rounds and _whole(packed)
+    present = {k.name for k in available(device) if k.supports(*packed.shape)}
     found = {}
     for rows, ways in _ROWS.items():
-        times = measure_kernels(packed.shape, rows, [f"{stem}-{how}" for how in ways], protocol=_BRIEF, device=device)
-        found[rows] = min(ways, key=lambda how: times[f"{stem}-{how}"])
+        more = _ROUNDED.get(precision, {}).get(rows, ()) if rounds else ()
+        names = {f"{stem}-{how}": how for how in (*ways, *more) if f"{stem}-{how}" in present}
+        if not names:  # smaller than what the table measures
+            return {}
+        times = measure_kernels(packed.shape, rows, ["bf16", *names], protocol=_BRIEF, device=device)
+        found[rows] = {names.get(n, n): t for n, t in times.items()}
     return found
 
 

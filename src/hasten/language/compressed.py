@@ -89,6 +89,13 @@ class CompressedReader(WeightReader):
                 ) from None
         return self
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the folder says that all its matrices go with inputs of 8 bits (W8A8, FP8_DYNAMIC)."""
+        groups = self._settings.get("config_groups") or {}
+        told = [group.get("input_activations") or {} for group in groups.values()]
+        return bool(told) and all(t.get("num_bits") == 8 for t in told)
+
     def codes(self, name: str, shape: tuple[int, ...]) -> Tensor | Quantized:
         """The matrix ``name`` (…``.weight``) as codes where it is stored so, else as :meth:`read` gives it."""
         path = name.removesuffix(".weight")

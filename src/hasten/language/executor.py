@@ -111,8 +111,10 @@ class Executor:
         device: str = "cpu",
         precision: str = "auto",
         deterministic: bool = False,
+        rounds: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        """``rounds``: whether codes that ``read`` gives are meant for activations that are rounded to bytes."""
         self.config = config
         self.device = torch.device(device)
         self.precision = best_precision(device) if precision == "auto" else precision
@@ -126,9 +128,12 @@ class Executor:
         self._ops = _operations_of(self.device)
         self._gpu: Any = None
         self._has_codes = False
+        self._rounds = rounds
         self._unread: set[str] = set()
         self.weight_bytes = 0
+        self._times: dict[int, tuple[float, float]] = {}
         self._load(read, progress)
+        self._say_what_is_slower()
 
     def _load(self, read: Read, progress: Callable[[int, int], None] | None) -> None:
         config = self.config
@@ -149,7 +154,7 @@ class Executor:
             precision = self.precision
             if precision in ("int8", "int4", "fp8") or self._has_codes:
                 precision = "int8" if self._runs_bytes(head) else "bf16"
-            self._head = self._pack(head, precision)
+            self._head = self._pack(head, precision, rounds=False)
             self._embed = self._embedding(embedding)
             constant = self._ops.constant
             plain = rotary_tables(config, self.max_context, device=self.device)
@@ -206,8 +211,11 @@ class Executor:
         weight = read(name, (width or self.config.hidden_size,)).to(self.device).float()
         return self._ops.constant((weight + self.config.norm_offset).contiguous())
 
-    def _pack(self, weight: Any, precision: str | None = None, bias: Tensor | None = None) -> PackedLinear:
+    def _pack(
+        self, weight: Any, precision: str | None = None, bias: Tensor | None = None, rounds: bool | None = None
+    ) -> PackedLinear:
         if not isinstance(weight, Tensor):  # codes, as the folder stores them
+            rounds = self._rounds if rounds is None else rounds
             self._has_codes = True
             weight = moved(weight, self.device)
             self._told(weight)
@@ -216,9 +224,25 @@ class Executor:
             precision or self.precision,
             bias=None if bias is None else bias.to(self.device),
             deterministic=self.deterministic,
+            rounds=rounds,
         )
         self.weight_bytes += packed.num_bytes
+        for rows, (mine, plain) in packed.times.items():
+            before = self._times.get(rows, (0.0, 0.0))
+            self._times[rows] = (before[0] + mine, before[1] + plain)
         return packed
+
+    @property
+    def speed(self) -> dict[int, float]:
+        """How many times as fast as in bfloat16 the products with codes are, by rows, as a GPU measured them."""
+        return {rows: plain / mine for rows, (mine, plain) in self._times.items()}
+
+    def _say_what_is_slower(self) -> None:
+        """Codes are there for their bytes; where they cost time, one line tells."""
+        slower = {rows: ratio for rows, ratio in self.speed.items() if ratio < 0.97}
+        if slower:
+            told = ", ".join(f"{ratio:.2f}x with {rows} rows" for rows, ratio in self.speed.items())
+            _log.warning("products with codes on %s, against bfloat16: %s", self.device, told)
 
     def _runs_bytes(self, matrix: Tensor) -> bool:
         """Whether a kernel of this device runs the matrix in 8 bits."""

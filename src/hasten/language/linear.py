@@ -45,6 +45,7 @@ class PackedLinear:
         tile: int | None = None,
         pads: bool = False,
         packed: Any = None,
+        times: dict[int, tuple[float, float]] | None = None,
     ) -> None:
         self._product = product
         self.in_features = in_features
@@ -54,6 +55,8 @@ class PackedLinear:
         self._pads = pads
         self.packed = packed
         """what :func:`hasten.nn.product.dispatch.describe` takes; None where another kernel multiplies"""
+        self.times = times or {}
+        """seconds of this product and of one in bfloat16, by rows, where a GPU has measured both"""
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -85,18 +88,21 @@ def best_precision(device: str = "cpu") -> str:
 
 
 def pack(
-    weight: Tensor | Quantized, precision: str, *, bias: Tensor | None = None, deterministic: bool = False
-) -> PackedLinear:
+    weight: Tensor | Quantized, precision: str, *, bias: Tensor | None = None, deterministic: bool = False,
+    rounds: bool | None = None,
+) -> PackedLinear:  # fmt: skip
     """Lay out ``weight`` (out, in) at ``precision``; the caller's tensor is not kept.
 
     Codes are laid out as they are, whatever the precision, where a kernel runs them; else what they stand for is packed
-    at ``precision``. Raises :class:`ConfigurationError` for a precision that this device or shape does not have.
+    at ``precision``. ``rounds``: whether a GPU may round rows to bytes (FP8 with FP8 weights) where that is quicker;
+    unless said, it may where the weight is rounded here, as the CPU does, and not where codes are given. Raises
+    :class:`ConfigurationError` for a precision that this device or shape does not have.
     """
     at = weight.codes.device if isinstance(weight, Quantized) else weight.device
     if isinstance(weight, Quantized) and at.type != "cpu" and not runs_as_stored(weight, at):
         weight, precision = weight.dequantize(), "fp32" if precision == "fp32" else "bf16"
     if at.type == "cuda" and (isinstance(weight, Quantized) or precision in ("int8", "int4", "fp8")):
-        return _on_gpu(weight, precision, bias)
+        return _on_gpu(weight, precision, bias, not isinstance(weight, Quantized) if rounds is None else rounds)
     if isinstance(weight, Quantized):
         out_features, in_features = weight.shape
         scales = weight.scales.reshape(out_features, -1) if weight.zeros is None and _integer(weight) else None
@@ -141,15 +147,17 @@ def runs_as_stored(weight: Quantized, device: torch.device) -> bool:
     return device.type == "cuda" and triton is not None and readable(weight)
 
 
-def _on_gpu(weight: Tensor | Quantized, precision: str, bias: Tensor | None) -> PackedLinear:
+def _on_gpu(weight: Tensor | Quantized, precision: str, bias: Tensor | None, rounds: bool) -> PackedLinear:
     """Codes in the memory of a GPU: those given, or of a weight at ``precision``."""
-    from hasten.compress.kernels_cuda import lay_out_at, product
+    from hasten.compress.kernels_cuda import against_bf16, lay_out_at, product
     from hasten.compress.quantize.device import packed_of
 
     found = packed_of(weight) if isinstance(weight, Quantized) else (precision, lay_out_at(weight, precision))
     assert found is not None
-    call, num_bytes = product(found[1], found[0], bias)
-    return PackedLinear(call, found[1].shape[1], found[1].shape[0], num_bytes)
+    kind, packed = found
+    call, num_bytes = product(packed, kind, bias, rounds=rounds)
+    times = against_bf16(packed, kind, rounds=rounds)
+    return PackedLinear(call, packed.shape[1], packed.shape[0], num_bytes, times=times)
 
 
 def _for_many_rows(precision: str, inputs: int, deterministic: bool) -> str:

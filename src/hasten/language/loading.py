@@ -120,7 +120,8 @@ class LanguageModel:
             with CompressedReader(self.folder, self.config) as reader:
                 # Codes run as they are stored, unless another precision is asked for.
                 read: Any = reader.codes if self.precision == "auto" else reader.read
-                return Executor(self.config, read, progress=self._progress, **options)
+                rounds = reader.rounds_inputs
+                return Executor(self.config, read, progress=self._progress, rounds=rounds, **options)
         with WeightReader(self.folder, self.config) as plain:
             return Executor(self.config, plain.read, progress=self._progress, **options)
 

@@ -9,8 +9,9 @@ from hasten.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-__all__ = ["Device", "cuda_names", "detect", "synchronise"]
+__all__ = ["Device", "cuda_names", "detect", "lies_on", "resolve", "synchronise"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,21 @@ def synchronise(device: torch.device | str) -> None:
 
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def lies_on(model: nn.Module) -> torch.device | None:
+    """The device of a model's parameters and buffers, None where it has none.
+
+    Raises :class:`~hasten.errors.ConfigurationError` where they are on several.
+
+    >>> import torch
+    >>> lies_on(torch.nn.Linear(2, 2)), lies_on(torch.nn.ReLU())
+    (device(type='cpu'), None)
+    """
+    import itertools
+
+    found = {t.device for t in itertools.chain(model.parameters(), model.buffers())}
+    if len(found) > 1:
+        told = ", ".join(sorted(map(str, found)))
+        raise ConfigurationError(f"the model lies on several devices ({told}); move all of it to one")
+    return next(iter(found), None)

@@ -131,7 +131,7 @@ def measure(
 
     ``budget`` is a :class:`~hasten.budget.Budget` or its text. ``power`` in watts makes the energy ``model:cpu-tdp``
     where there is no meter; without it the 45 nm model is used. A module is measured in eval mode without gradients and
-    is left as it was found.
+    is left as it was found; it and ``example`` lie on ``device`` (cpu, cuda, cuda:1), or one line says otherwise.
 
     >>> import torch
     >>> quick = Protocol(min_samples=5, min_time=0.0, warmup_time=0.0)
@@ -142,9 +142,16 @@ def measure(
     """
     import torch
 
-    from hasten.measure.device import resolve, synchronise
+    from hasten.errors import ConfigurationError
+    from hasten.measure.device import lies_on, resolve, synchronise
 
     where = resolve(device)
+    lies = lies_on(model) if isinstance(model, torch.nn.Module) else None
+    if lies is not None and lies != where:
+        raise ConfigurationError(
+            f"the model lies on {lies} and would be measured on {where}; say device='{lies}', or move it and its "
+            f"example with .to('{where}') first"
+        )
     if isinstance(budget, str):
         budget = Budget.parse(budget)
     told: Callable[[str, float], None] = progress or (lambda stage, share: None)
@@ -164,7 +171,7 @@ def measure(
         told("roofs of this machine", 0.1)
         roofs = ceilings or measure_ceilings(device, clock=clock)
         told("memory", 0.3)
-        memory = rise(run) + counted.weight_bytes
+        memory = rise(run, where) + counted.weight_bytes
         told("latency", 0.35)
         sample = latency(
             run,

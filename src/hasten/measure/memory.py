@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, device, nn
 
 __all__ = ["model_bytes", "packed_bytes", "peak_rss", "resident", "rise", "tensor_bytes"]
 
@@ -65,11 +65,21 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def rise(call: Callable[[], object]) -> int:
+def rise(call: Callable[[], object], place: device | None = None) -> int:
     """Bytes by which one call lifts the process above where it stood (its peak on Linux, else a lower bound).
 
-    Linux resets the peak on request, so the figure is that of this call; elsewhere an earlier, higher peak hides it.
+    Linux resets the peak on request, so the figure is that of this call; elsewhere an earlier, higher peak hides it. On
+    a GPU (``place``) it is what torch's allocator gave at the peak of the call.
     """
+    if place is not None and place.type == "cuda":
+        from torch import cuda
+
+        cuda.synchronize(place)
+        cuda.reset_peak_memory_stats(place)
+        stood = cuda.memory_allocated(place)
+        call()
+        cuda.synchronize(place)
+        return max(0, cuda.max_memory_allocated(place) - stood)
     before = resident()
     try:
         Path("/proc/self/clear_refs").write_text("5")

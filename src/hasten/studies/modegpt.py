@@ -319,10 +319,10 @@ def speed(scale: Scale) -> Iterator[Check]:
     class Factored(Executor):
         """Every matrix as two, of 70 % of its numbers."""
 
-        def _pack(self, weight: Any, precision: str | None = None, bias: Any = None) -> Any:
+        def _pack(self, weight: Any, precision: str | None = None, bias: Any = None, rounds: bool | None = None) -> Any:
             out, inner = weight.shape
             if out == config.vocab_size:
-                return super()._pack(weight, precision, bias)
+                return super()._pack(weight, precision, bias, rounds)
             rank = int(0.7 * out * inner / (out + inner)) // 16 * 16
             down, up = (
                 super()._pack(weight[:rank].contiguous()),

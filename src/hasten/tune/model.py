@@ -24,6 +24,7 @@ from hasten.compress.given import answers, finite_examples, finite_parameters
 from hasten.errors import ConfigurationError
 from hasten.measure import energy as energies
 from hasten.measure.counting import call
+from hasten.measure.device import lies_on, synchronise
 from hasten.measure.latency import Comparison, Protocol, compare
 from hasten.measure.machine import Machine
 from hasten.measure.memory import model_bytes, rise
@@ -41,7 +42,7 @@ _WHOLE = ("int8-network", "fused")
 """Formats of whole networks, whose operations are not those of the table of kernels."""
 _MOST_POINTS = 1000
 """Of a space, that are looked through for those to begin with."""
-_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0}
+_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "fp8": 8.0}
 
 
 def fidelity(model: nn.Module, other: nn.Module, data: Sequence[Any]) -> float:
@@ -151,6 +152,7 @@ class _Bench:
     ) -> None:
         self.given, self.inputs = given or {}, inputs
         self.model, self.data, self.budget, self.energy = model, data, budget, energy
+        self.place = lies_on(model) or torch.device("cpu")
         self.quality, self.tokens, self.protocol, self.clock, self.power = quality, tokens, protocol, clock, power
         self.reference = quality(model) if quality is not None else 1.0
         if quality is not None and not self.reference > 0:
@@ -239,7 +241,8 @@ class _Bench:
             return run
 
         calls = {"unchanged": runner(self.model), **{name: runner(one) for name, one in others.items()}}
-        return compare(calls, protocol or self.protocol, clock=self.clock)
+        barrier = (lambda: synchronise(self.place)) if self.place.type == "cuda" else None
+        return compare(calls, protocol or self.protocol, clock=self.clock, synchronise=barrier)
 
     def kept(self, model: nn.Module) -> float:
         """Quality of a model as a share of the unchanged one's."""
@@ -268,11 +271,11 @@ class _Bench:
                 call(model, self.data[0])
 
         if "memory" in self.metrics:
-            found["memory"] = size + rise(run)
+            found["memory"] = size + rise(run, self.place)
         if "energy" in self.metrics and self.energy is not None:
             found["energy"] = self.energy(model)
         elif "energy" in self.metrics:
-            meter = energies.detect_meter()
+            meter = energies.detect_meter(str(self.place))
             if meter is not None:
                 found["energy"] = energies.measure_energy(run, meter, clock=self.clock).joules
             elif self.power is not None:
@@ -333,10 +336,10 @@ def tune(
     and what they compose to). ``calibration``: inputs from which techniques may learn, best not those of ``data``;
     a recipe that needs them and gets none is a candidate that says so. ``storage``: an
     SQLite file, so that a killed search goes on where it was. ``tokens``: rows that a linear layer sees at a time,
-    taken from the first example where it is not given. The model is set to eval mode while it is tuned and is otherwise
-    untouched. Memory (weights and what one call takes) and energy are measured where the budget bounds them; without a
-    meter the energy is ``power`` (watts) times the median time. ``energy`` counts joules instead, such as those of a
-    table of operations.
+    taken from the first example where it is not given. Candidates are built and timed on the device of the model, where
+    ``data`` lie, too. The model is set to eval mode while it is tuned and is otherwise untouched. Memory (weights and
+    what one call takes) and energy are measured where the budget bounds them; without a meter the energy is ``power``
+    (watts) times the median time. ``energy`` counts joules instead, such as those of a table of operations.
     """
     if isinstance(budget, str):
         budget = Budget.parse(budget)
@@ -347,7 +350,8 @@ def tune(
         raise ConfigurationError(
             f"tune does not measure {', '.join(unknown)} per candidate; bound {', '.join(sorted(_MEASURED))}"
         )
-    unmetered = power is None and energy is None and energies.detect_meter() is None
+    place = lies_on(model)
+    unmetered = power is None and energy is None and energies.detect_meter(str(place or "cpu")) is None
     if unmetered and any(b.metric == "energy" for b in budget.bounds):
         raise ConfigurationError(
             "this machine has no energy meter that may be read; give power= (--power), its watts under load, so that "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hasten.compress import Recipe, WeightPrecision, available
@@ -19,6 +20,7 @@ from hasten.compress.fused import FusedNetwork
 from hasten.compress.int8 import Int8Network
 from hasten.compress.lowrank.truncated import TruncatedSvd
 from hasten.errors import ConfigurationError
+from hasten.measure.device import lies_on
 from hasten.nn.product.instructions import has_bfloat16, has_bytes
 
 __all__ = ["Knob", "Point", "Space", "key_of", "recipe_of", "recipe_space", "serving_space", "with_choices"]
@@ -119,23 +121,27 @@ _TOLERANCES = (0.0, 0.005, 0.01, 0.02)
 
 
 def recipe_space(model: nn.Module) -> Space:
-    """Weight formats with a kernel on this machine, group sizes of int4, which end layers keep their precision, and how
-    much of the linear layers low-rank factors take away before.
+    """Weight formats with a kernel on the model's device, group sizes of int4, which end layers keep their precision,
+    and how much of the linear layers low-rank factors take away before.
 
     A model of linear layers may run whole in one call, a convolutional network whole in bytes, a spiking network for
     fewer timesteps, or for as many as each sample needs to be sure.
     """
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    formats = [f for f in ("bf16", "int8", "int4") if any(k.precision == f for k in available())]
-    groups = tuple(int(k.name.partition("-g")[2]) for k in available() if k.precision == "int4" and "-g" in k.name)
+    place = lies_on(model) or torch.device("cpu")
+    host = place.type == "cpu"
+    present = available(place)
+    formats = [f for f in ("bf16", "int8", "int4", "fp8") if any(k.precision == f for k in present)]
+    sizes = (k.name.partition("-g")[2].partition("-")[0] for k in present if k.precision == "int4")
+    groups = tuple(dict.fromkeys(int(size) for size in sizes if size))
     keep = _KEEP if len(linears) > 2 else _KEEP[:1]
     fewer = _fewer_timesteps(model)
-    convolutions = has_bytes() and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    convolutions = host and has_bytes() and any(isinstance(m, nn.Conv2d) for m in model.modules())
     choices = (
         "unchanged",
         *(("int8-network",) if convolutions else ()),
         *(formats if linears else ()),
-        *(("fused",) if linears and has_bytes() else ()),
+        *(("fused",) if linears and host and has_bytes() else ()),
         *(("timesteps", "confidence") if fewer else ()),
     )
     wide = [m for m in model.modules() if type(m) is nn.Linear and min(m.weight.shape) >= _WIDE]
@@ -149,7 +155,7 @@ def recipe_space(model: nn.Module) -> Space:
         knobs.append(
             Knob("products", _PRODUCTS if has_bfloat16() else ("fp32", "int8"), lambda p: p["format"] == "fused")
         )
-    knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4")))
+    knobs.append(Knob("keep", keep, lambda p: p["format"] in ("int8", "int4", "fp8")))
     if wide:  # factors of small matrices cost a call more than they save
         knobs.append(
             Knob("remove", _REMOVED, lambda p: p["format"] in (*formats, "fused") and p.get("keep", "none") == "none")

@@ -26,7 +26,7 @@ def layer_latency(
     """``latency(layer, bits)``; ``run(model, example)`` puts the example through the model once.
 
     ``float32=True``: the float model is float32 and not the faster of the two. Shapes are measured on first use and
-    cached (see :func:`hasten.compress.kernels.measure_kernels`).
+    cached, on the device of the layer (see :func:`hasten.compress.kernels.measure_kernels`).
     """
     rows: dict[str, int] = {}
 
@@ -53,8 +53,9 @@ def layer_latency(
         shape = (layer.out_features, layer.in_features)
         plain = ["fp32"] if float32 else ["fp32", "bf16", "bf16-packed"]
         wanted = {8: "int8", 4: "int4"}.get(bits, "")
-        names = [k.name for k in available() if k.supports(*shape) and (k.name in plain or k.precision == wanted)]
-        times = measure_kernels(shape, rows[path], names, clock=clock)
+        place = layer.weight.device
+        names = [k.name for k in available(place) if k.supports(*shape) and (k.name in plain or k.precision == wanted)]
+        times = measure_kernels(shape, rows[path], names, clock=clock, device=place)
         base = min(t for n, t in times.items() if n in plain)
         return min([base, *(t for n, t in times.items() if n not in plain)])
 

@@ -4,7 +4,7 @@ A kernel counts as the same function when its weights are the codes themselves: 
 that its number format holds. Which activations it reads is part of its name: bfloat16 (``int8-weight``, ``int4-g32``),
 bytes per token (``int8``), bytes per 32 or 512 inputs (``int4-panels``, ``int8-panels``). On a GPU all integer and FP8
 weights have kernels that read activations as they are; with bytes per token there are ``int8`` and ``int8-bytes``, with
-FP8 per token ``fp8-dynamic``.
+FP8 per token ``fp8-dynamic`` and ``fp8-bytes``.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _on_gpu(weight: Format, activation: Format | None, shape: tuple[int, int], d
     if group or not (isinstance(weight, Int) and weight.symmetric and precision == "int8"):
         floats = precision == "fp8" and not group and tokens
         same = isinstance(activation, MiniFloat) and (activation.e, activation.m, activation.special) == (4, 3, "nan")
-        return [n for n in ("fp8-dynamic",) if floats and same and n in present]
+        return [n for n in ("fp8-dynamic", "fp8-bytes") if floats and same and n in present]
     if not isinstance(activation, Int) or activation.bits != 8:
         return []
     if not isinstance(activation.granularity, (PerToken, PerTensor)):
