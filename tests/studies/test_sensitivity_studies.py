@@ -58,3 +58,18 @@ def test_one_range_for_a_whole_layer() -> None:
     assert isinstance(form, Int)
     assert float(form.fake(weight).abs().max()) <= max(tops) * 4 / 3 + 1e-6
     assert set(q_bert.embeddings(net)) >= {"rows.weight"}
+
+
+def test_orders_have_equal_bytes_and_tell_every_seed() -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = q_bert.DigitBert(layers=1, width=16, heads=2).eval()
+    data = (torch.randn(40, 8, 8), torch.arange(40) % 10, torch.randn(30, 8, 8), torch.arange(30) % 10)
+    spectra = [q_bert.spectrum(QUICK, net, data)] * 2
+    found = list(q_bert.orders(QUICK, [(net, net)] * 2, spectra, data, ", here"))
+    assert [c.name.endswith(", here") for c in found] == [True] * 4
+    for check in found:  # the same net twice: both seeds alike
+        apart = check.note.rpartition("by seed ")[2].split(", ")
+        assert len(apart) == 2
+        assert apart[0] == apart[1]
+        assert (check.value >= 1) == (float(apart[0]) >= 0) or abs(float(apart[0])) < 1e-4

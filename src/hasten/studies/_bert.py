@@ -1,4 +1,4 @@
-"""A small BERT that the sensitivity studies train, on digits as eight tokens of eight pixels or on verbs that agree.
+"""A small BERT that the sensitivity studies train, on images as rows of pixels or on verbs that agree.
 
 The architecture is that of ``transformers``, from a config and with random weights; nothing is downloaded.
 """
@@ -20,11 +20,12 @@ Told = Callable[[str], None]
 
 
 class DigitBert(nn.Module):
-    """``BertForSequenceClassification`` on rows of pixels (batch, 8, 8) or on token ids (batch, time)."""
+    """``BertForSequenceClassification`` on rows of pixels (batch, rows, pixels) or on token ids (batch, time)."""
 
     def __init__(
-        self, layers: int = 4, width: int = 128, heads: int = 4, classes: int = 10, vocabulary: int = 0
-    ) -> None:
+        self, layers: int = 4, width: int = 128, heads: int = 4, classes: int = 10, vocabulary: int = 0,
+        pixels: int = 8,
+    ) -> None:  # fmt: skip
         super().__init__()
         from transformers import BertConfig, BertForSequenceClassification
 
@@ -34,7 +35,7 @@ class DigitBert(nn.Module):
             attention_probs_dropout_prob=0.1, pad_token_id=0,
         )  # fmt: skip
         self.config.num_labels = classes
-        self.rows = nn.Linear(8, width) if not vocabulary else None
+        self.rows = nn.Linear(pixels, width) if not vocabulary else None
         self.net: Any = BertForSequenceClassification(self.config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class DigitBert(nn.Module):
 
 
 def rows(images: Tensor) -> Tensor:
-    """(n, 1, 8, 8) -> (n, 8, 8): a row of pixels is a token."""
+    """(n, 1, rows, pixels) -> (n, rows, pixels): a row of pixels is a token."""
     return images[:, 0]
 
 
