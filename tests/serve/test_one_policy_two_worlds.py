@@ -73,6 +73,7 @@ def agree(policy, blocks, load):
 def test_engine_and_simulator_agree(policy, blocks):
     load = workload.sample("conversation", rate=60.0, requests=40, seed=3).scaled(max_prompt=400, max_output=60)
     records = agree(policy, blocks, load)
+    assert all(len(r.token_times) == asked.output_len for r, asked in zip(records, load, strict=True))
     if blocks == 31 and policy.name != "request-level" and policy != Orca(max_num_seqs=16):
         assert sum(r.preemptions for r in records) > 0
 
@@ -83,7 +84,9 @@ def test_they_agree_on_whose_turn_it_is(policy, blocks):
     draw = random.Random(5)
     objectives = [None, SLO(ttft=0.05), SLO(ttft=5.0, tpot=0.01), SLO(ttft=0.5)]
     plain = workload.sample("conversation", rate=60.0, requests=40, seed=4).scaled(max_prompt=400, max_output=60)
-    agree(policy, blocks, [replace(r, slo=draw.choice(objectives), priority=draw.choice([0, 0, 1])) for r in plain])
+    load = [replace(r, slo=draw.choice(objectives), priority=draw.choice([0, 0, 1])) for r in plain]
+    records = agree(policy, blocks, load)
+    assert all(len(r.token_times) == asked.output_len for r, asked in zip(records, load, strict=True))
 
 
 def test_an_urgent_request_overtakes_those_that_may_wait():

@@ -54,7 +54,7 @@ def test_damage_is_found_and_undone(index, collection, twin):
     assert report["corrupt"] == 25
     assert report["lost"] == 0
     assert index.verify().good
-    twin.same(index.search(queries, 10, lists=None), rows, queries, "l2", 10)
+    assert twin.same(index.search(queries, 10, lists=None), rows, queries, "l2", 10)
 
 
 def test_a_file_that_is_cut_while_it_is_open_kills_nobody(tmp_path, twin):
@@ -76,7 +76,7 @@ def test_a_file_that_is_cut_while_it_is_open_kills_nobody(tmp_path, twin):
         report = index.repair(rows)
         assert report["corrupt"] == len(found.corrupt)
         assert index.verify().good
-        twin.same(index.search(queries, 5, lists=None), rows, queries, "l2", 5)
+        assert twin.same(index.search(queries, 5, lists=None), rows, queries, "l2", 5)
         path = tmp_path / "index" / index._generation.manifest.roles["location"]
         os.truncate(path, 8)
         with pytest.raises(CorruptPostingError, match="location-2.bin' was cut"):
@@ -110,7 +110,7 @@ def test_without_vectors_lost_rows_are_counted_and_gone(tmp_path, twin):
         keep = np.setdiff1d(np.arange(1200), lost)
         names = np.append(keep, 5000)
         everything = np.concatenate([rows[keep], queries[:1]])
-        twin.same(index.search(queries, 5, lists=None), everything, queries, "l2", 5, names=names)
+        assert twin.same(index.search(queries, 5, lists=None), everything, queries, "l2", 5, names=names)
 
 
 def test_a_good_index_needs_no_repair(index):

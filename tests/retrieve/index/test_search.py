@@ -18,7 +18,7 @@ from hasten.testing.disk import SlowReader
 def test_reading_everything_is_exact(metric, dtype, tmp_path, twin):
     rows, queries = hr.clustered(1500, 13, 500, dtype=dtype)
     with hr.Spann.build(rows, tmp_path / "index", metric=metric) as index:
-        twin.same(index.search(queries, 10, lists=None), rows, queries, metric, 10)
+        assert twin.same(index.search(queries, 10, lists=None), rows, queries, metric, 10)
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_the_other_dtypes_are_exact_too(metric, dtype, tmp_path, twin):
     rows, queries = hr.clustered(1200, 21, 50, dtype=np.float32 if dtype == "float16" else dtype)
     rows = rows.astype(dtype)
     with hr.Spann.build(rows, tmp_path / "index", metric=metric) as index:
-        twin.same(index.search(queries, 10, lists=None), rows, queries, metric, 10)
+        assert twin.same(index.search(queries, 10, lists=None), rows, queries, metric, 10)
         assert index.get([3]).dtype == np.dtype(dtype)
         np.testing.assert_array_equal(index.get([3, 700]), rows[[3, 700]])
 
@@ -208,7 +208,7 @@ def test_a_narrow_filter_is_exact_and_reads_no_list(index, collection, twin):
     rows, queries = collection
     allowed = np.arange(0, 2000, 100)
     hit = index.search(queries, 5, where=allowed)
-    twin.same(hit, rows[allowed], queries, "l2", 5, names=allowed)
+    assert twin.same(hit, rows[allowed], queries, "l2", 5, names=allowed)
     assert hit.stats.lists.sum() == 0
 
 

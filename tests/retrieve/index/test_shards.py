@@ -41,7 +41,7 @@ class Losing(LocalTransport):
 def test_asking_every_part_is_exact(place, rows, twin):
     shards = Shards(place)
     hit = shards.search(rows[1], 10, epsilon=1e9, options=EXACT)
-    twin.same(hit, *rows, "l2", 10)
+    assert twin.same(hit, *rows, "l2", 10)
     assert (hit.machines == 3).all()
     shards.close()
 
@@ -62,7 +62,7 @@ def test_pruning_asks_fewer_machines(place, rows, twin):
 @pytest.mark.parametrize("metric", ["cosine", "ip"])
 def test_other_metrics(metric, rows, tmp_path, twin):
     shards = Shards.build(rows[0], tmp_path / "all", machines=2, options=BuildOptions(metric=metric))
-    twin.same(shards.search(rows[1], 5, epsilon=1e9, options=EXACT), *rows, metric, 5)
+    assert twin.same(shards.search(rows[1], 5, epsilon=1e9, options=EXACT), *rows, metric, 5)
     shards.close()
 
 

@@ -135,10 +135,10 @@ def test_changes_under_other_metrics(metric, tmp_path, twin):
         index.delete(np.arange(0, 900, 3))
         keep = np.array([i for i in range(1200) if i >= 900 or i % 3])
         everything = np.concatenate([rows, more])[keep]
-        twin.same(index.search(queries, 10, lists=None), everything, queries, metric, 10, names=keep)
+        assert twin.same(index.search(queries, 10, lists=None), everything, queries, metric, 10, names=keep)
         index.compact()
         assert index.verify().good
-        twin.same(index.search(queries, 10, lists=None), everything, queries, metric, 10, names=keep)
+        assert twin.same(index.search(queries, 10, lists=None), everything, queries, metric, 10, names=keep)
 
 
 def test_a_list_that_outgrew_its_limit_is_split(tmp_path):
