@@ -17,6 +17,7 @@ from hasten.compress.fused.lowering import Lowered
 from hasten.compress.fused.values import Buffer, Operation, Value
 from hasten.nn.product import bfloat16, dispatch, float32, int8
 from hasten.nn.product.blocks import PANEL, aligned
+from hasten.nn.product.instructions import pairs_as_floats
 
 __all__ = ["Matrices", "Program"]
 
@@ -189,7 +190,8 @@ class Program:
             bias = np.ascontiguousarray(content.numpy())
             self._biases.append(bias)
         if precision != "fp32":
-            return dispatch.describe(precision, packed, bias, outs, ins)
+            form = "bf16-floats" if precision == "bf16" and pairs_as_floats() else precision
+            return dispatch.describe(form, packed, bias, outs, ins)
         return [-1, outs, ins, packed.ctypes.data, 0, 0 if bias is None else bias.ctypes.data, 0, 0]
 
 

@@ -143,123 +143,136 @@ def takes_forms(matrix: Any, rows: Any) -> Any:
     return matrix[0] != BF16 or (matrix[7] != 0 and rows >= tiles.FEWEST)
 
 
+@njit(cache=True)
+def _words(inputs: Any, rows: Any, ins: Any) -> Any:
+    """The rows that :func:`inputs_for` describes, as bfloat16."""
+    return carray(pointer(carray(pointer(inputs), (1,), np.int64)[0]), (rows, ins), np.uint16)
+
+
+@njit(cache=True)
+def _bytes(inputs: Any, rows: Any) -> Any:
+    """The same rows as bytes, and where their sums start and their scales: (rows, groups)."""
+    where = carray(pointer(inputs), (6,), np.int64)
+    groups = (where[5] + int4.INPUTS - 1) // int4.INPUTS
+    return (
+        carray(pointer(where[1]), (rows, where[5]), np.int8),
+        carray(pointer(where[2]), (rows, groups), np.int32),
+        carray(pointer(where[3]), (rows, groups), np.float32),
+    )
+
+
+@njit(cache=True)
+def _room_of(inputs: Any, number: int) -> Any:
+    """Address of the rows in tiles (4), or of room for an opened panel (6)."""
+    return carray(pointer(inputs), (7,), np.int64)[number]
+
+
+@njit(cache=True)
+def _panels_at(weights: Any, outs: Any, steps: Any) -> Any:
+    """Panels of bfloat16 pairs: (panels, steps, 64, 2)."""
+    return carray(pointer(weights), ((outs + PANEL - 1) // PANEL, steps, PANEL, 2), np.uint16)
+
+
+@njit(cache=True)
+def _byte_panels_at(weights: Any, outs: Any, ins: Any) -> Any:
+    """Panels of byte quads: (panels, quads, 64, 4)."""
+    return carray(pointer(weights), ((outs + PANEL - 1) // PANEL, (ins + 3) // 4, PANEL, 4), np.uint8)
+
+
+@njit(cache=True)
+def _records_at(weights: Any, outs: Any, stride: Any) -> Any:
+    """Panels of 12 bits: (panels, bytes of one)."""
+    return carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
+
+
+@njit(cache=True)
+def _result(out: Any, rows: Any, outs: Any) -> Any:
+    return carray(pointer(out), (rows, outs), np.float32)
+
+
 _LEAF = types.void(*[types.intp] * 10)
 
 
 def _bf16_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    target = carray(pointer(out), (rows, outs), np.float32)
-    bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, False)
+    x, packed, target = _words(inputs, rows, ins), _panels_at(weights, outs, ins // 2), _result(out, rows, outs)
+    bfloat16.panels(x, packed, array_at(bias, outs), target, first, last, False)
 
 
 def _bf16_floats_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    target = carray(pointer(out), (rows, outs), np.float32)
-    bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, rows >= tiles.FEWEST)
+    x, packed, target = _words(inputs, rows, ins), _panels_at(weights, outs, ins // 2), _result(out, rows, outs)
+    bfloat16.panels(x, packed, array_at(bias, outs), target, first, last, rows >= tiles.FEWEST)
 
 
 def _bf16_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, ins // 2, PANEL, 2), np.uint16)
-    target = carray(pointer(out), (rows, outs), np.float32)
+    x, packed, target = _words(inputs, rows, ins), _panels_at(weights, outs, ins // 2), _result(out, rows, outs)
     if rows >= tiles.FEWEST:
-        tiles.panels(x, _word_tiles(where[4], rows, ins), panels, array_at(bias, outs), target, first, last)
+        lines = _word_tiles(_room_of(inputs, 4), rows, ins)
+        tiles.panels(x, lines, packed, array_at(bias, outs), target, first, last)
     else:
-        bfloat16.panels(x, panels, array_at(bias, outs), target, first, last, False)
+        bfloat16.panels(x, packed, array_at(bias, outs), target, first, last, False)
 
 
 def _bf12_leaf(
     outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
+    x, packed, target = _words(inputs, rows, ins), _records_at(weights, outs, stride), _result(out, rows, outs)
     twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, False)
 
 
 def _bf12_floats_leaf(
     outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
+    x, packed, target = _words(inputs, rows, ins), _records_at(weights, outs, stride), _result(out, rows, outs)
     twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, rows >= tiles.FEWEST)
 
 
 def _bf12_tiles_leaf(
     outs: Any, ins: Any, weights: Any, stride: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (7,), np.int64)
-    x = carray(pointer(where[0]), (rows, ins), np.uint16)
-    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, stride), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
+    packed, target = _records_at(weights, outs, stride), _result(out, rows, outs)
     if rows >= tiles.FEWEST:
-        lines = _word_tiles(where[4], rows, ins)
-        twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last, where[6])
+        lines = _word_tiles(_room_of(inputs, 4), rows, ins)
+        room = _room_of(inputs, 6)
+        twelve_bits_panels.tile_panels(lines, packed, array_at(bias, outs), target, first, last, room)
     else:
+        x = _words(inputs, rows, ins)
         twelve_bits_panels.panels(x, packed, array_at(bias, outs), target, first, last, False)
 
 
 def _int8_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    widest, quads = where[5], (ins + 3) // 4
-    groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(pointer(where[3]), (rows, groups), np.float32)
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
-    int8.panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
+    x, starts, scales = _bytes(inputs, rows)
+    packed, target = _byte_panels_at(weights, outs, ins), _result(out, rows, outs)
+    int8.panels(x, starts, scales, packed, array_at(scale, outs), array_at(bias, outs), target, first, last)
 
 
 def _int8_tiles_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    widest, quads = where[5], (ins + 3) // 4
-    groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(pointer(where[3]), (rows, groups), np.float32)
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, quads, PANEL, 4), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
+    x, starts, scales = _bytes(inputs, rows)
+    packed, target = _byte_panels_at(weights, outs, ins), _result(out, rows, outs)
+    factors, here = array_at(scale, outs), array_at(bias, outs)
     if rows >= tiles.FEWEST:
-        lines = _byte_tiles(where[4], rows, ins)
-        tiles.byte_panels(
-            lines, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last
-        )
+        lines = _byte_tiles(_room_of(inputs, 4), rows, ins)
+        tiles.byte_panels(lines, starts, scales, packed, factors, here, target, first, last)
     else:
-        int8.panels(x, starts, scales, panels, array_at(scale, outs), array_at(bias, outs), target, first, last)
+        int8.panels(x, starts, scales, packed, factors, here, target, first, last)
 
 
 def _int4_leaf(
     outs: Any, ins: Any, weights: Any, scale: Any, bias: Any, inputs: Any, rows: Any, out: Any, first: Any, last: Any
 ) -> None:
-    where = carray(pointer(inputs), (6,), np.int64)
-    widest = where[5]
-    groups = (widest + int4.INPUTS - 1) // int4.INPUTS
-    x = carray(pointer(where[1]), (rows, widest), np.int8)
-    starts = carray(pointer(where[2]), (rows, groups), np.int32)
-    scales = carray(pointer(where[3]), (rows, groups), np.float32)
-    own = (ins + int4.INPUTS - 1) // int4.INPUTS
-    panels = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, own, int4.BYTES), np.uint8)
-    target = carray(pointer(out), (rows, outs), np.float32)
-    int4.panels(x, starts, scales, panels, array_at(bias, outs), target, first, last)
+    x, starts, scales = _bytes(inputs, rows)
+    groups = (ins + int4.INPUTS - 1) // int4.INPUTS
+    packed = carray(pointer(weights), ((outs + PANEL - 1) // PANEL, groups, int4.BYTES), np.uint8)
+    int4.panels(x, starts, scales, packed, array_at(bias, outs), _result(out, rows, outs), first, last)
 
 
 @lru_cache(maxsize=9)

@@ -25,6 +25,7 @@ __all__ = [
     "BLOCK",
     "FOURS",
     "OPENED",
+    "PAIRS",
     "STEP",
     "Opening",
     "ask",
@@ -38,14 +39,15 @@ __all__ = [
 
 STEP = 3 * LINE
 """Bytes of an input pair of 64 outputs: two lines of lower bytes, one of codes."""
-_PAIRS = 16
-BLOCK = _PAIRS * STEP
+PAIRS = 16
+"""Input pairs of a block."""
+BLOCK = PAIRS * STEP
 """Bytes of 16 input pairs of 64 outputs."""
 FOURS = 12
 """The same in four lines of memory each."""
-OPENED = _PAIRS * PANEL * 4
+OPENED = PAIRS * PANEL * 4
 """Bytes of the same as bfloat16."""
-_INPUTS = 2 * _PAIRS
+_INPUTS = 2 * PAIRS
 LEAST_BYTES = 1 << 20
 """Bytes in bfloat16 below which a matrix stays as it is: it may be in a cache, where bytes cost little."""
 _MOST = 1 / 128
@@ -116,7 +118,7 @@ def _fill(weight: Any, code_of: Any, table: Any, counts: Any, head: int, packed:
                 if code == 16:
                     at = ends[block]
                     ends[block] += 1
-                    others[2 * at] = (pair % _PAIRS * PANEL + output) * 2 + i % 2
+                    others[2 * at] = (pair % PAIRS * PANEL + output) * 2 + i % 2
                     others[2 * at + 1] = value
                     code = 0
                 here = head + pair * STEP
@@ -240,7 +242,7 @@ class Opening:
 
     def fours(self, emit: Callable[[Any, Any], None]) -> None:
         """Code that calls ``emit(number, address)`` for each four pairs."""
-        with cgutils.for_range(self._builder, ir.Constant(_WORD, _PAIRS // 4)) as loop:
+        with cgutils.for_range(self._builder, ir.Constant(_WORD, PAIRS // 4)) as loop:
             emit(loop.index, self._builder.add(self._here, scaled(self._builder, loop.index, 4 * STEP)))
 
     def piece(self, number: Any, target: Any) -> None:
@@ -317,5 +319,5 @@ def unpack(packed: Any, out_features: int, in_features: int) -> Any:
     blocks = in_features // _INPUTS
     out = aligned((len(packed), blocks, OPENED // 2), np.uint16)
     _open_all(packed, packed.shape[1] - blocks * BLOCK, blocks, out)
-    plain = out.reshape(len(packed), blocks * _PAIRS, PANEL, 2).transpose(0, 2, 1, 3).reshape(-1, in_features)
+    plain = out.reshape(len(packed), blocks * PAIRS, PANEL, 2).transpose(0, 2, 1, 3).reshape(-1, in_features)
     return (plain[:out_features].astype(np.uint32) << 16).view(np.float32)

@@ -30,13 +30,12 @@ from hasten.nn.product.tiles_setup import (
     sixteens_of,
     sums_for,
 )
-from hasten.nn.product.twelve_bits import BLOCK, FOURS, OPENED, Opening, ask, is_plain, open_block
+from hasten.nn.product.twelve_bits import BLOCK, FOURS, OPENED, PAIRS, Opening, ask, is_plain, open_block
 
 __all__ = ["multiply", "multiply_floats", "multiply_tiles", "panels", "tile_panels"]
 
 # A checker would count the context of a call; what is literal chooses the code.
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic(prefer_literal=True)
-_PAIRS = 16
 _WORD = ir.IntType(64)
 _AHEAD = 3 * BLOCK
 """Bytes between the block that is opened and the one asked for."""
@@ -68,7 +67,7 @@ def _add_rows(
             number = builder.add(four, builder.lshr(step, one))
             ask(builder, stream, number, builder.and_(step, one))
 
-        rows_times(builder, x, x_stride, weights, ir.Constant(_WORD, _PAIRS), sums, count, ask_for, wide)
+        rows_times(builder, x, x_stride, weights, ir.Constant(_WORD, PAIRS), sums, count, ask_for, wide)
         return context.get_dummy_value()
 
     return types.void(floats, *[types.intp] * 7), generate
@@ -129,7 +128,7 @@ def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int, floa
     """As :func:`hasten.nn.product.bfloat16.panels`, with packed (panels, stride) uint8."""
     rows, width = out.shape
     groups = (rows + GROUP - 1) // GROUP
-    blocks = x.shape[1] // (2 * _PAIRS)
+    blocks = x.shape[1] // (2 * PAIRS)
     head = packed.shape[1] - blocks * BLOCK
     sums = room_for(min(rows, GROUP) * PANEL * 4).view(np.float32).reshape((min(rows, GROUP), PANEL))
     own = room_for(OPENED)
@@ -144,7 +143,7 @@ def panels(x: Any, packed: Any, bias: Any, out: Any, first: int, last: int, floa
         record = base + panel * packed.shape[1]
         sums[:count] = 0
         for block in range(blocks):
-            here = rows_at + block * _PAIRS * bytes_of_pair(floats)
+            here = rows_at + block * PAIRS * bytes_of_pair(floats)
             if count <= _CLOSED and not floats and is_plain(record, block):
                 _add_closed(here, x_stride, record, head, blocks, block, sums.ctypes.data, count, _AHEAD)
                 continue
@@ -321,7 +320,7 @@ def tile_panels(lines: Any, packed: Any, bias: Any, out: Any, first: int, last: 
         count = min(GROUP, rows - start)
         sixteens = sixteens_of(count)
         record = packed.ctypes.data + panel * packed.shape[1]
-        in_place = len(bias) == 0 and serves_as_sums(out, count, blocks * _PAIRS)
+        in_place = len(bias) == 0 and serves_as_sums(out, count, blocks * PAIRS)
         sums = out.view(np.float32)[start : start + count] if in_place else own
         rows_at = lines.ctypes.data + start // 16 * tall
         asked = (12 + sixteens - 1) // sixteens
