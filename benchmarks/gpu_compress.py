@@ -31,7 +31,7 @@ ROWS = (1, 16, 64, 512)
 OURS = {"int8": ("int8", 32, True), "W8A16": ("int8", 32, False), "int4": ("int4", 32, False),
         "int4 g128": ("int4", 128, False), "fp8": ("fp8", 32, True)}  # fmt: skip
 """precision, inputs of a scale, and whether rows may be rounded, as ``--dtype`` lets them"""
-PEERS = ("int4-g128-torch", "int8-bytes", "int8-bytes-wide", "fp8-bytes", "fp8-bytes-wide", "fp8-dynamic")
+PEERS = ("int4-g128-torch", "int8-bytes", "fp8-bytes", "fp8-dynamic")
 clock = MonotonicClock()
 
 
@@ -188,6 +188,7 @@ def replayed(executors: dict[str, Any], batch: int) -> dict[str, float]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["products", "decoders"], help="leave the other out")
     parser.add_argument("--models", nargs="*", default=["random-245m", "random-1b"])
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=3)
@@ -203,8 +204,11 @@ def main() -> None:
     begin = clock.now()
     names = ", ".join(k.name for k in available("cuda"))
     print(f"kernels (tried in {clock.now() - begin:.1f} s): {names}", flush=True)
-    found = {"products": products(chosen.rows, bandwidth) if chosen.rows else {}}
-    found["decoders"] = decoders(chosen.models, chosen.rounds, chosen.tokens)
+    found: dict[str, Any] = {}
+    if chosen.only != "decoders":
+        found["products"] = products(chosen.rows, bandwidth)
+    if chosen.only != "products":
+        found["decoders"] = decoders(chosen.models, chosen.rounds, chosen.tokens)
     if chosen.json:
         with open(chosen.json, "w", encoding="utf-8") as file:
             json.dump({"device": torch.cuda.get_device_name(), "bandwidth": bandwidth, **found}, file)

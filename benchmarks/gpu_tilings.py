@@ -63,8 +63,7 @@ def of_bytes(rows: int) -> list[Tiling]:
         )
         return [Tiling(b, w, many, 1, n, s) for b, w, n, s in shapes]
     shapes = ((128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4))
-    wide = (Tiling(128, 128, 256, 1, 8, 3), Tiling(64, 128, 256, 1, 4, 3), Tiling(256, 128, 128, 1, 8, 3))
-    return [*(Tiling(b, w, many, 1, n, s) for b, w, n, s in shapes), *wide]
+    return [Tiling(b, w, many, 1, n, s) for b, w, n, s in shapes]
 
 
 def cuts_of(form: str, rows: int) -> list[Tiling]:
@@ -81,7 +80,7 @@ def stored(form: str) -> str:
 
 def in_use(form: str, rows: int, packed: Any) -> Tiling:
     """What a product takes now."""
-    return ours.cut_of_bytes(rows, False) if form == "bytes" else ours.tiling(rows, packed)
+    return ours.cut_of_bytes(rows, packed) if form == "bytes" else ours.tiling(rows, packed)
 
 
 def run(form: str, rows: int, x: Any, packed: Any, cut: Tiling) -> Any:

@@ -224,12 +224,32 @@ def test_rows_are_rounded_only_where_that_is_asked_for():
     )
 
 
-def test_both_cuts_of_byte_products_give_the_same():
+@pytest.mark.parametrize("rows", [9, 40, 70])
+def test_cuts_of_byte_products_give_the_same(rows):
     packed, bias = layout.int8_rows(numbers(40, 70)), numbers(40, seed=2)
-    x = numbers(70, 70, seed=3)
-    assert torch.equal(ours.by_bytes(x, packed, bias), ours.by_bytes(x, packed, bias, wide=True))
-    plain = ours.by_bytes(x, packed)
-    torch.testing.assert_close(ours.by_bytes(x, packed, bias), plain + bias)
+    x = numbers(rows, 70, seed=3)
+    found = ours.by_bytes(x, packed, bias)
+    assert torch.equal(found, ours.by_bytes(x, packed, bias, Tiling(32, 32, 16)))
+    torch.testing.assert_close(found, ours.by_bytes(x, packed) + bias)
+
+
+def test_byte_products_of_many_programs_have_three_stages():
+    """Two programs fit on a multiprocessor with four stages; where more are waiting, a third one counts for more."""
+    processors = ours._processors(DEVICE)
+    few = layout.int8_rows(torch.zeros(64 * 2 * processors, 32, device=DEVICE))
+    many = layout.int8_rows(torch.zeros(64 * 2 * processors + 1, 32, device=DEVICE))
+    assert [ours.cut_of_bytes(128, p).stages for p in (few, many)] == [4, 3]
+    assert ours.cut_of_bytes(129, few).stages == 3
+    assert ours.cut_of_bytes(64, few) == ours.cut_of_bytes(64, many)
+
+
+def test_halves_for_tens_of_rows_are_cut_by_how_many_outputs_there_are():
+    processors = ours._processors(DEVICE)
+    blocks = []
+    for outs in (64 * processors, 64 * processors + 1):
+        packed = layout.int4_groups(torch.zeros(outs, 64, device=DEVICE))
+        blocks.append(ours.tiling(64, packed).block)
+    assert blocks == [64, 128]
 
 
 @pytest.mark.parametrize("precision", kernels_cuda.PRECISIONS)
@@ -269,6 +289,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import torch
+from hasten.compress import device_codes as layout
 from hasten.compress import kernels_triton as ours
 
 HALF, WHOLE = "*bf16", "i32"
@@ -304,8 +326,8 @@ for codes, group in (("*i8", 0), ("*u8", 32), ("*fp8e4nv", 0)):
     ptx = made(ours._tile_kernel, codes, block=64, width=64, many=16, shared=True, apart=False, kind=tl.bfloat16,
                floats=codes == "*fp8e4nv", **shared)
     print("mma" in ptx, ("prmt" in ptx) >= (codes == "*u8"))
-for rows, wide in ((16, False), (512, False), (512, True)):
-    cut = ours.cut_of_bytes(rows, wide)
+for rows, outs in ((16, 64), (64, 64), (512, 64), (512, 4096)):
+    cut = ours.cut_of_bytes(rows, layout.int8_rows(torch.zeros(outs, 32)))
     ptx = made(ours._byte_kernel, "*i8", "*i8", dict(num_warps=cut.warps, num_stages=cut.stages), block=cut.block,
                width=cut.width, many=cut.many, biased=True, even=True, floats=False)
     floats = made(ours._byte_kernel, "*fp8e4nv", "*fp8e4nv", dict(num_warps=cut.warps, num_stages=cut.stages),
@@ -322,4 +344,4 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
-    assert done.stdout.split() == ["True"] * 9, done.stderr[-800:]
+    assert done.stdout.split() == ["True"] * 10, done.stderr[-800:]

@@ -40,6 +40,7 @@ def test_the_space_is_that_of_the_device() -> None:
 
 
 def test_a_model_is_tuned_where_it_lies() -> None:
+    pytest.importorskip("optuna")
     model, x = network(), torch.randn(16, 256, device="cuda")
     space = Space((Knob("format", ("unchanged", "bf16", "int8")), Knob("keep", ("none",))))
     result = hasten.tune(  # type: ignore[operator]

@@ -8,7 +8,7 @@ the codes and leaving the product to the library. Bound of the few: bytes of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,11 +42,8 @@ _ERRORS = {"int8": 1.5e-2, "int4": 0.13, "fp8": 3.5e-2}
 _ROWS = {1: ("row", "tiles"), **dict.fromkeys((16, 64, 256, 512), ("tiles", "opened"))}
 """numbers of rows at which the kernels of one layout are compared, and which of them could win there"""
 _ROUNDED: dict[str, dict[int, tuple[str, ...]]] = {
-    "int8": {**dict.fromkeys((16, 64), ("bytes",)), **dict.fromkeys((256, 512), ("bytes", "bytes-wide"))},
-    "fp8": {
-        **dict.fromkeys((16, 64), ("bytes", "dynamic")),
-        **dict.fromkeys((256, 512), ("bytes", "bytes-wide", "dynamic")),
-    },
+    "int8": dict.fromkeys((16, 64, 256, 512), ("bytes",)),
+    "fp8": dict.fromkeys((16, 64, 256, 512), ("bytes", "dynamic")),
 }
 """those that round the rows as well; ``int8-dynamic`` is left out, for its sums pass through memory as int32"""
 _FEW = 4
@@ -61,12 +58,7 @@ def _by_row(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return (ours.by_row if x.shape[0] <= _FEW else ours.by_tiles)(x, packed, bias)
 
 
-def _by_bytes_wide(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    return ours.by_bytes(x, packed, bias, wide=True)
-
-
 _RUNS: dict[str, Run] = {"row": _by_row, "tiles": ours.by_tiles, "opened": ours.by_opening}
-_BYTES: dict[str, Run] = {"bytes": ours.by_bytes, "bytes-wide": _by_bytes_wide}
 
 
 def family(precision: str, group: int = 0) -> str:
@@ -88,12 +80,10 @@ def cuda_kernels() -> list[LinearKernel]:
     for precision, group, pack in layouts:
         found += [_ours(precision, group, pack, how) for how in _RUNS]
     bytes_only = _ours("int8", 0, layout.int8_rows, "tiles")
-    for how in _BYTES:
-        found.append(_other(bytes_only, f"int8-{how}", partial(_run_of, _BYTES[how]), 2e-2, lambda out, inner: True))
+    found.append(_other(bytes_only, "int8-bytes", ours.by_bytes, 2e-2, lambda out, inner: True))
     found.append(_other(bytes_only, "int8-dynamic", _run_bytes, 2e-2, lambda out, inner: out % 8 == 0))
     floats = _ours("fp8", 0, layout.float8_rows, "tiles")
-    for how in _BYTES:
-        found.append(_other(floats, f"fp8-{how}", partial(_run_of, _BYTES[how]), 5e-2, lambda out, inner: True))
+    found.append(_other(floats, "fp8-bytes", ours.by_bytes, 5e-2, lambda out, inner: True))
     found.append(_other(floats, "fp8-dynamic", _run_float8, 5e-2, lambda out, inner: out % 16 == 0))
     return found
 
@@ -128,10 +118,6 @@ def _ours(precision: str, group: int, pack: Callable[[Tensor], Packed], how: str
     )
 
 
-def _run_of(run: Run, x: Tensor, packed: Packed) -> Tensor:
-    return run(x, packed, None)
-
-
 def _other(
     like: LinearKernel, name: str, run: Callable[[Tensor, Packed], Tensor], error: float,
     supports: Callable[[int, int], bool],
@@ -162,6 +148,8 @@ def _run_float8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     result = result[:rows].to(x.dtype)
     return result if bias is None else result.add_(bias)
 
+
+_ROUNDING: dict[str, Run] = {"bytes": ours.by_bytes, "dynamic": _run_float8}
 
 _TILES_OF_INPUTS = 8
 
@@ -233,7 +221,7 @@ def product(
 def way_for(choice: dict[int, str], rows: int) -> Run:
     """What runs ``rows`` rows, of what :func:`choices` gave."""
     how = choice[next((n for n in choice if rows <= n), max(choice))]
-    return _run_float8 if how == "dynamic" else (_RUNS | _BYTES)[how]
+    return _ROUNDING[how] if how in _ROUNDING else _RUNS[how]
 
 
 def choices(packed: Packed, precision: str, *, rounds: bool = False) -> dict[int, str]:

@@ -325,7 +325,8 @@ def tiling(rows: int, packed: Packed) -> Tiling:
     arithmetic as well, and 64 bytes a thread at once overlap it better than stages do. For more rows, what counts is
     that some 12 warps work on each multiprocessor, twice as many where few rows leave the opening of halves in front:
     where outputs give fewer tiles, programs share the inputs, as far as the parts that they write and read again
-    (8 bytes a row and output) stay below the codes.
+    (8 bytes a row and output) stay below the codes. Halves of bytes for tens of rows are opened 128 outputs at a time
+    only where outputs alone give every multiprocessor work.
     """
     held = codes_in(packed)
     outs, line = packed.shape[0], held.codes.shape[1]
@@ -338,7 +339,9 @@ def tiling(rows: int, packed: Packed) -> Tiling:
     if many > 64:
         cut = Tiling(128, 32, many, 1, 8, 3) if held.four else Tiling(64, 64, many, 1, 4, 3)
     elif held.four:
-        cut = Tiling(64, 64, many, 1, 4, 3) if many <= 32 else Tiling(128, 32, many, 1, 4, 4)
+        fills = outs > 64 * _processors(held.codes.device)
+        some = Tiling(128, 32, many, 1, 4, 4) if fills else Tiling(64, 128, many, 1, 4, 3)
+        cut = Tiling(64, 64, many, 1, 4, 3) if many <= 32 else some
     else:
         cut = Tiling(32, 128, many, 1, 4, 4) if many == 16 else Tiling(64, 128, many, 1, 4, 3)
     tiles = -(-outs // cut.block) * -(-rows // many)
@@ -453,13 +456,10 @@ def round_rows(x: Tensor, line: int, dtype: torch.dtype, rows: int | None = None
     return codes, steps
 
 
-def by_bytes(
-    x: Tensor, packed: Packed, bias: Tensor | None = None, cut: Tiling | None = None, *, wide: bool = False
-) -> Tensor:
+def by_bytes(x: Tensor, packed: Packed, bias: Tensor | None = None, cut: Tiling | None = None) -> Tensor:
     """x (rows, in) -> (rows, out): rows become bytes with a step each, sums are int32, both scales come last.
 
     FP8 with FP8 codes, whose sums are float32 as the matrix units make them (with fewer bits on Hopper).
-    ``wide``: twice the rows in a program, for many of them; which of both cuts is quicker is measured.
     """
     held = codes_in(packed)
     outs = packed.shape[0]
@@ -469,7 +469,7 @@ def by_bytes(
     if not rows:
         return out
     codes, steps = round_rows(x, line, held.codes.dtype)
-    cut = cut or cut_of_bytes(rows, wide)
+    cut = cut or cut_of_bytes(rows, packed)
     _byte_kernel[(-(-outs // cut.block), -(-rows // cut.many))](
         codes, steps, held.codes, held.scales, out if bias is None else bias, out, rows, outs, line, block=cut.block,
         width=cut.width, many=cut.many, biased=bias is not None, even=line % cut.width == 0,
@@ -478,9 +478,14 @@ def by_bytes(
     return out
 
 
-def cut_of_bytes(rows: int, wide: bool) -> Tiling:
-    """The cut of :func:`by_bytes`."""
-    if wide:
-        return Tiling(128, 128, 256, 1, 8, 3)
+def cut_of_bytes(rows: int, packed: Packed) -> Tiling:
+    """The cut of :func:`by_bytes`: the best of those measured on an H200 with 16, 64 and 512 rows.
+
+    Up to 64 rows nothing but loads counts, which are 256 bytes of a line. For more, four stages take 96 KiB, so that
+    two programs fit on a multiprocessor, and three stages let a third one in, where there are as many programs.
+    """
     many = max(16, min(128, _power(rows)))
-    return Tiling(64, 128, many, 1, 4, 4) if rows <= 64 else Tiling(128, 128, many, 1, 8, 3)
+    if many <= 64:
+        return Tiling(64, 256, many, 1, 4, 3)
+    programs = -(-packed.shape[0] // 64) * -(-rows // many)
+    return Tiling(64, 128, many, 1, 4, 4 if programs <= 2 * _processors(packed.device) else 3)
