@@ -72,7 +72,7 @@ def _scores_of(head: Any, h: Any, half: Any, out: Any) -> Any:
         def packed(head: Any, h: Any, half: Any, out: Any) -> None:
             for i in range(h.shape[0]):
                 store(half[0], i, h[i])
-            panels(half, head, np.empty(0, np.float32), out, 0, head.shape[0])
+            panels(half, head, np.empty(0, np.float32), out, 0, head.shape[0], False)
 
         return packed
 
