@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from hasten.compress import Quantize, WeightPrecision
+from hasten.compress import FusedNetwork, Quantize, WeightPrecision
 from hasten.compress.quantize import Int, PerTensor, SmoothQuant
+from hasten.nn.product.instructions import has_bytes
 from hasten.tune.layers import replaced, sensitivities
 from hasten.tune.model import fidelity
 
@@ -50,3 +52,18 @@ def test_time_saved_by_the_table_of_kernels(monkeypatch) -> None:
     assert WeightPrecision("int8").saved_time(_model()) == 4.0
     assert WeightPrecision("int8", skip=("1",)).saved_time(_model()) == 2.0
     assert WeightPrecision("int8").saved_time(nn.Sequential(nn.Linear(7, 3))) == 0.0
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+def test_a_network_in_another_form_is_judged_by_its_weights() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    fused = FusedNetwork("int8", only_faster=False)(model, [x])
+    plain = fused.plain()  # type: ignore[operator]
+
+    def kept(one: nn.Module) -> float:
+        new = [torch.equal(one[i].weight, plain[i].weight) for i in (0, 2)]  # type: ignore[index]
+        return 1.0 - 0.25 * new[0] - 0.5 * new[1]
+
+    assert sensitivities(model, fused, kept) == {"0": 0.25, "2": 0.5}
+    assert sensitivities(model, FusedNetwork(only_faster=False)(model, [x]), kept) == {}  # nothing is rounded

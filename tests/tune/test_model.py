@@ -94,6 +94,7 @@ def test_a_loose_budget_keeps_the_quality(clock: ManualClock) -> None:
 def test_a_search_cut_short_says_how_far_it_came(clock: ManualClock) -> None:
     result = tuning.tune(_model(clock), DATA, "p99<100ms", space=SPACE, protocol=QUICK, clock=clock, time_limit=1e-3)
     assert result.verdict().endswith("(1 of 4 candidates were tried)")
+    assert "no recipe was tried in that time" in result.verdict()
 
 
 def test_an_impossible_budget_is_said(clock: ManualClock, tmp_path: Path) -> None:

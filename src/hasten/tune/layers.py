@@ -1,7 +1,8 @@
 """What each layer of a tuned model costs alone: its new self in the place of the old one, everything else unchanged.
 
 Only where the recipe changed layers one by one. A technique that moves factors between layers (smoothing,
-decompositions) leaves parts that mean nothing on their own; then there are no figures.
+decompositions) leaves parts that mean nothing on their own; then there are no figures. Of a network that runs whole in
+another form, each layer takes its rounded weight in the model as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from hasten.compress.replace import spelled_out
 
-__all__ = ["replaced", "sensitivities"]
+__all__ = ["replaced", "rounded", "sensitivities"]
 
 _MOST = 200
 """Layers, at most; each costs one evaluation."""
@@ -44,6 +45,19 @@ def replaced(model: nn.Module, new: nn.Module) -> list[str]:
     return found
 
 
+def rounded(model: nn.Module, new: nn.Module) -> dict[str, torch.Tensor]:
+    """Layer -> its weight in ``new``, a network in another form that says what it computes (``plain()``), for layers
+    with another weight; none where more than weights changed."""
+    tell = getattr(new, "plain", None)
+    if type(new) is type(model) or not callable(tell):
+        return {}
+    before, after = model.state_dict(), tell().state_dict()
+    if before.keys() != after.keys() or any(t.shape != after[n].shape for n, t in before.items()):
+        return {}
+    names = [n for n, t in before.items() if not torch.equal(t, after[n])]
+    return {n.removesuffix(".weight"): after[n] for n in names} if all(n.endswith(".weight") for n in names) else {}
+
+
 def sensitivities(model: nn.Module, new: nn.Module | None, kept: Callable[[nn.Module], float]) -> dict[str, float]:
     """Layer -> share of the quality that it loses alone; ``kept`` is the share that a model keeps. ``model`` is copied.
 
@@ -52,8 +66,12 @@ def sensitivities(model: nn.Module, new: nn.Module | None, kept: Callable[[nn.Mo
     >>> sensitivities(old, new, lambda m: 0.75 if isinstance(m[0], nn.Identity) else 1.0)
     {'0': 0.25}
     """
-    paths = replaced(model, new) if new is not None else []
-    if new is None or not 0 < len(paths) <= _MOST or "" in paths:
+    if new is None:
+        return {}
+    paths, weights = replaced(model, new), rounded(model, new)
+    if not paths and 0 < len(weights) <= _MOST:
+        return _of_weights(model, weights, kept)
+    if not 0 < len(paths) <= _MOST or "" in paths:
         return {}
     work, found = copy.deepcopy(model), {}
     for path in paths:
@@ -63,4 +81,17 @@ def sensitivities(model: nn.Module, new: nn.Module | None, kept: Callable[[nn.Mo
         spelled_out(work, path)
         found[path] = 1.0 - kept(work)
         setattr(place, leaf, old)
+    return found
+
+
+def _of_weights(
+    model: nn.Module, weights: dict[str, torch.Tensor], kept: Callable[[nn.Module], float]
+) -> dict[str, float]:
+    work, found = copy.deepcopy(model), {}
+    for path, weight in weights.items():
+        held = work.get_parameter(f"{path}.weight")
+        before = held.data
+        held.data = weight.to(before.dtype)
+        found[path] = 1.0 - kept(work)
+        held.data = before
     return found

@@ -107,6 +107,8 @@ class TuneResult:
             return f"no candidate meets {self.budget}{detail}"
         if not self.recipe.techniques:
             kept = f"the unchanged model meets {self.budget}"
+            if len(self.frontier.candidates) <= 1 < (self.points or 1):
+                return f"{kept}; no recipe was tried in that time, so give a longer one"
             return f"{kept}, and no measured recipe does better; nothing needs to be given up"
         quality = f"{100 * self.best.values['quality']:.2f} % of the quality kept"
         speed = self.comparison.verdict(self.best.name) if self.comparison is not None else ""
