@@ -62,83 +62,41 @@ def bench_serve(
 
     Option names and JSON keys are those of `vllm bench serve`.
     """
-    from hasten.errors import ConfigurationError
     from hasten.serve.bench.report import goodput_slo
 
-    chat = backend in ("openai-chat", "vllm-chat")
-    if backend not in ("openai", "vllm", "openai-chat", "vllm-chat"):
-        raise ConfigurationError(f"backend {backend!r} is not known; choose openai or openai-chat")
-    path = endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
-    chat = chat or "chat" in path
+    path, chat = _endpoint(backend, endpoint)
     url = base_url or f"http://{host}:{port}"
+    prompts: list[Any]
+    rate: float | None
     if trace is not None or dataset_name == "trace":
         source = trace or (str(dataset_path) if dataset_path else "conversation")
         prompts = _trace(source, num_prompts, trace_speed, trace_max_prompt, trace_max_output, seed, chat)
-        rate = request_rate
-        dataset_name = "trace"
-    elif dataset_name in ("random", "custom"):
-        count = num_prompts or 1000
-        prompts = _dataset(
-            dataset_name,
-            count,
-            dataset_path,
-            (random_input_len, random_output_len, random_range_ratio),
-            custom_output_len,
-            seed,
-            chat,
-        )
-        rate = float("inf") if request_rate is None else request_rate
+        dataset_name, rate = "trace", request_rate
     else:
-        raise ConfigurationError(f"dataset {dataset_name!r} is not known; choose random, custom or trace")
-    slo = goodput_slo(goodput or [])
+        lengths = (random_input_len, random_output_len, random_range_ratio)
+        prompts = _dataset(dataset_name, num_prompts or 1000, dataset_path, lengths, custom_output_len, seed, chat)
+        rate = float("inf") if request_rate is None else request_rate
     metrics = [m.strip() for m in percentile_metrics.split(",") if m.strip()]
-    percentiles = _percentiles(metric_percentiles)
+    report = (goodput_slo(goodput or []), metrics, _percentiles(metric_percentiles), save_detailed)
     options: dict[str, Any] = {
-        "model": model,
-        "endpoint": path,
-        "ignore_eos": ignore_eos,
-        "temperature": temperature,
-        "api_key": api_key,
-    }
-    settings: dict[str, Any] = {
-        "endpoint_type": backend,
-        "backend": backend,
-        "label": None,
-        "model_id": model,
-        "tokenizer_id": None,
-        "dataset_name": dataset_name,
-        "num_prompts": len(prompts),
-        "request_rate": "trace" if rate is None else ("inf" if rate == float("inf") else rate),
-        "burstiness": burstiness,
-        "max_concurrency": max_concurrency,
-    }
-    for pair in metadata or []:
-        key, _, value = pair.partition("=")
-        settings[key] = value
-    results = []
+        "model": model, "endpoint": path, "ignore_eos": ignore_eos, "temperature": temperature, "api_key": api_key,
+    }  # fmt: skip
+    settings = _settings(backend, model, dataset_name, len(prompts), rate, burstiness, max_concurrency, metadata or [])
     if num_warmups:
         from hasten.serve.bench import run
 
         run(url, prompts[: min(num_warmups, len(prompts))], clients=1, **options)
+    results = []
     for seats in _counts(clients):
         result = _measure(
-            url,
-            prompts,
-            rate,
-            burstiness,
-            max_concurrency,
-            seed,
-            seats,
-            options,
-            settings,
-            (slo, metrics, percentiles, save_detailed),
+            url, prompts, rate, burstiness, max_concurrency, seed, seats, options, settings, report,
             quiet=disable_tqdm or json,
-        )
+        )  # fmt: skip
         results.append(result)
         if not json:
             from hasten.serve.bench.report import table
 
-            print(table(result, metrics, percentiles))
+            print(table(result, metrics, report[2]))
     out = results[0] if clients is None or len(results) == 1 else {**settings, "points": results}
     if json:
         import json as codec
@@ -146,6 +104,40 @@ def bench_serve(
         print(codec.dumps(out))
     if save_result:
         _save(out, result_dir, result_filename, backend, rate, model)
+
+
+def _endpoint(backend: str, endpoint: str | None) -> tuple[str, bool]:
+    """Path of the requests, and whether they are chats."""
+    from hasten.errors import ConfigurationError
+
+    if backend not in ("openai", "vllm", "openai-chat", "vllm-chat"):
+        raise ConfigurationError(f"backend {backend!r} is not known; choose openai or openai-chat")
+    chat = backend in ("openai-chat", "vllm-chat")
+    path = endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
+    return path, chat or "chat" in path
+
+
+def _settings(
+    backend: str, model: str | None, dataset: str, prompts: int, rate: float | None, burstiness: float,
+    max_concurrency: int | None, metadata: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What the JSON says of the run, in the vocabulary of ``vllm bench serve``; ``metadata`` may overwrite it."""
+    settings: dict[str, Any] = {
+        "endpoint_type": backend,
+        "backend": backend,
+        "label": None,
+        "model_id": model,
+        "tokenizer_id": None,
+        "dataset_name": dataset,
+        "num_prompts": prompts,
+        "request_rate": "trace" if rate is None else ("inf" if rate == float("inf") else rate),
+        "burstiness": burstiness,
+        "max_concurrency": max_concurrency,
+    }
+    for pair in metadata:
+        key, _, value = pair.partition("=")
+        settings[key] = value
+    return settings
 
 
 def _percentiles(text: str) -> list[float]:
@@ -193,6 +185,8 @@ def _dataset(
     from hasten.errors import ConfigurationError
     from hasten.serve.bench.dataset import custom, prompts_of, random_specs
 
+    if name not in ("random", "custom"):
+        raise ConfigurationError(f"dataset {name!r} is not known; choose random, custom or trace")
     if count < 1:
         raise ConfigurationError(f"--num-prompts is {count}; ask for at least 1")
     if name == "custom":
