@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from hasten.compress.quantize import MiniFloat, PerChannel, PerGroup, PerTensor
+from hasten.compress.quantize import Int, MiniFloat, PerChannel, PerGroup, PerTensor
 from hasten.studies import Scale, load, minifloats, quantization_survey
 from hasten.studies import _quantization as part
 from hasten.studies._vision_models import ResidualNet, VisionTransformer, accuracy, digits_cnn, digits_mlp
@@ -79,3 +81,22 @@ def test_data_that_are_not_there_are_none() -> None:
     assert part.fashion(Scale()) is None
     (check,) = quantization_survey._fashion(Scale())
     assert check.holds is None
+
+
+def test_four_bits_are_judged_by_several_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def front(whole: float, small: float) -> SimpleNamespace:
+        tried = [(Int(4), whole), (MiniFloat(2, 1), small), (MiniFloat(3, 0), 0.1), (Int(8), 1.0)]
+        return SimpleNamespace(
+            candidates=[SimpleNamespace(weight=w, integer=isinstance(w, Int), score=v) for w, v in tried]
+        )
+
+    assert minifloats._gap(front(0.90, 0.88)) == pytest.approx(-2)
+    answers = iter([front(0.90, 0.92), front(0.90, 0.91)])
+    monkeypatch.setattr(minifloats, "_NETWORKS", 3)
+    monkeypatch.setattr(minifloats, "digits", lambda seed: (torch.zeros(1),) * 4)
+    monkeypatch.setattr(minifloats.part, "network", lambda *given: None)
+    monkeypatch.setattr(minifloats, "formats", lambda *given, **named: next(answers))
+    check = minifloats._four_bits(Scale(quick=False), "digits", 1, -6.0)
+    assert check.value == pytest.approx(-1)
+    assert check.holds is False
+    assert "-6.00, +2.00, +1.00" in check.note
