@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from hasten.budget import SLO
 from hasten.cli.tune import tune
 from hasten.compress import Recipe
-from hasten.errors import ConfigurationError
+from hasten.errors import ConfigurationError, DataError
 from hasten.language.config import DecoderConfig
 from hasten.language.loading import random_model
 from hasten.tune.language import replay_in_engine, search
@@ -47,6 +48,22 @@ def test_a_module_from_the_command_line(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*arguments, "--storage", str(db)])
     assert again.exit_code == 0, again.output
     assert "inside" in again.stdout
+
+
+@pytest.mark.slow
+def test_quality_is_judged_on_the_users_inputs(tmp_path: Path) -> None:
+    arguments = ["made_to_be_tuned:tiny", "--budget", "quality>1%", "--input-shape", "4x64", "--time-limit", "1ms"]
+    np.save(tmp_path / "some.npy", np.random.default_rng(0).standard_normal((9, 64), np.float32))
+    ran = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "some.npy")])
+    assert ran.exit_code == 0, ran.output
+    np.save(tmp_path / "few.npy", np.zeros((3, 64), np.float32))
+    ran = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "few.npy")])
+    assert isinstance(ran.exception, DataError)
+    assert "3 examples, and a call takes 4" in str(ran.exception)
+    np.save(tmp_path / "broken.npy", np.full((9, 64), np.nan, np.float32))
+    ran = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "broken.npy")])
+    assert isinstance(ran.exception, DataError)
+    assert "data[0] holds NaN" in str(ran.exception)
 
 
 def test_one_goal_is_named() -> None:

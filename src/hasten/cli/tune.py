@@ -60,6 +60,10 @@ def tune(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="For a module: example inputs (.npy) to learn from.")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="For a module: example inputs (.npy) that judge the quality; random ones without."),
+    ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write one HTML file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -88,7 +92,8 @@ def tune(
             example = examples(input_shape, input_dtype, device)
             module = taken(model, module, example)
             result = tune_module(
-                module, [example], budget, storage=storage, time_limit=limit, power=power, progress=told,
+                module, [example] if data is None else _judged(data, calibration_inputs(data, example), example),
+                budget, storage=storage, time_limit=limit, power=power, progress=told,
                 recipes=[Recipe.load(path) for path in also or []],
                 calibration=None if calibration is None else calibration_inputs(calibration, example),
             )  # fmt: skip
@@ -148,6 +153,18 @@ def _show(console: Any, result: Any) -> None:
         state = "inside" if c.feasible else "; ".join(c.violations)
         table.add_row(c.name, *cells, state if c.measured else f"not measured: {state}")
     console.print(table)
+
+
+def _judged(path: Path, rows: list[Any], example: Any) -> list[Any]:
+    """The rows of a file as inputs, the first as large as the example, for that one is timed."""
+    import torch
+
+    from hasten.errors import DataError
+
+    batch = len(example)
+    if len(rows) < batch:
+        raise DataError(f"{path} holds {len(rows)} examples, and a call takes {batch}; give at least as many")
+    return [torch.cat(rows[:batch]), *rows[batch:]]
 
 
 def _share(text: str) -> float:
