@@ -199,7 +199,7 @@ def search(limit: float) -> None:
     whole = hasten.tune(model, data, budget, time_limit=None)  # type: ignore[operator]
     best = min((c for c in whole.frontier.candidates if c.feasible), key=lambda c: c.values["latency@p50"])
     assert quick.best is not None
-    again = times({"found": lambda: quick.model(data[0]), "grid": lambda: _built(best, model)(data[0])})
+    again = times({"found": lambda: quick.model(data[0]), "grid": lambda: _built(best, model, data)(data[0])})
     print(f"tune: {quick.best.name} after {spent:.0f} s and {len(quick.frontier.candidates)} candidates; "
           f"best of the grid of {len(whole.frontier.candidates)}: {best.name}; "
           f"time {again['found'] / again['grid']:.3f} of it (bar 1.02)")  # fmt: skip
@@ -208,11 +208,11 @@ def search(limit: float) -> None:
 _made: dict[str, nn.Module] = {}
 
 
-def _built(candidate: Any, model: nn.Module) -> nn.Module:
+def _built(candidate: Any, model: nn.Module, data: list[Any]) -> nn.Module:
     from hasten.tune.space import recipe_of
 
     if candidate.name not in _made:
-        _made[candidate.name] = recipe_of(candidate.knobs, model, 4).apply(model)[0]
+        _made[candidate.name] = recipe_of(candidate.knobs, model, 4).apply(model, data)[0]
     return _made[candidate.name]
 
 
