@@ -22,7 +22,8 @@ from torch import nn
 
 __all__ = ["first_line", "fixed_batch", "fresh", "hushed", "stopped_at", "trace", "untranslated"]
 
-_LOGS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export", "torch._export", "torch._dynamo")
+_LOGS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.fx", "torch.export", "torch._export", "torch._dynamo",
+         "torch._subclasses.fake_tensor")  # fmt: skip
 _HANDS_ON = ("torch.nn.modules.module", "torch.fx", "torch.export", "torch._export", "hasten.compress.export")
 _TARGET = re.compile(r"target=torch\.ops\.([\w.]+?)(?:\.default)?\]")
 _ON_VALUES = re.compile(r"data-dependent|Dynamic control flow|aten\._local_scalar_dense|DataDependent", re.IGNORECASE)

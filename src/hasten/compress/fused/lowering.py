@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.export.reasons import first_line, trace
 from hasten.compress.fused import arithmetic, views  # noqa: F401 (they register their rules)
 from hasten.compress.fused.graph import Lowered, Lowering
 from hasten.compress.fused.values import Unsupported
@@ -27,9 +28,8 @@ def lower(model: nn.Module, example: tuple[Tensor, ...]) -> Lowered:
         if not given.is_floating_point():
             raise Unsupported(f"an input is {given.dtype}; only numbers that are float32 go in")
     try:
-        exported = torch.export.export(exportable(model).eval(), example)
+        exported = trace(exportable(model).eval(), example)
     except Exception as error:  # torch raises many kinds here
-        first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise Unsupported(f"the model cannot be exported ({first})") from error
+        raise Unsupported(f"the model cannot be exported ({first_line(error)[:120]})") from error
     with torch.inference_mode():
         return Lowering(exported).run()
