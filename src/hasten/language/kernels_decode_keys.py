@@ -4,9 +4,9 @@ Sixteen keys of a page are exchanged in registers, words for rows, so that a wor
 and no score is ever summed across lanes. Codes are multiplied as bytes: a key shifted to 0..255 with the two bytes of
 :func:`hasten.language.kernels_tiles_codes.in_two`, which keep 15 bits of a query; the shift is taken off with the sum
 of the query. The scale of a key multiplies its lane of scores, that of a value its lane of weights, so that nothing is
-widened in memory. bfloat16 goes through float32 products, which some processors do four times as often as a
-``vdpbf16ps``, with twice the numbers. Up to ``PAGES`` pages are a block of the online softmax. Invariant as in
-:mod:`kernels_tiles`: a row's result depends on its query, its keys and their slots alone.
+widened in memory. bfloat16 goes through float32 products: where ``vdpbf16ps`` is slow they take half its time (see
+:func:`hasten.nn.product.instructions.pairs_as_floats`). Up to ``PAGES`` pages are a block of the online softmax.
+Invariant as in :mod:`kernels_tiles`: a row's result depends on its query, its keys and their slots alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numba.np.numpy_support import carray
 
 from hasten.language.kernels_codes import SCALE
 from hasten.language.kernels_decode import first_key, write_row
-from hasten.language.kernels_paged import LOWEST, PAGE, floats, larger, over_lanes
+from hasten.language.kernels_paged import LOWEST, PAGE, ask_page, floats, larger, over_lanes
 from hasten.language.kernels_tiles import FIELDS, power, transposed
 from hasten.language.kernels_tiles_codes import in_two, scales_of
 from hasten.nn.bfloat import FAST, float_of_bits, load
@@ -61,12 +61,6 @@ def takes(page: int, width: int, group: int, coded: bool) -> bool:
     return page == PAGE and width % _COLUMNS == 0 and 0 < group <= _MOST and able
 
 
-def _ask(builder: Any, page: Any, row: Any) -> None:
-    """Ask for a page's rows, evenly enough not to fill the buffers that everything is loaded through."""
-    with cgutils.for_range(builder, builder.sdiv(row, ir.Constant(_WORD, LINE // PAGE))) as loop:
-        avx.prefetch(builder, page, scaled(builder, loop.index, LINE))
-
-
 @_intrinsic
 def _score(
     typing: Any, group: Any, coded: Any, page: Any, wanted: Any, row: Any, queries: Any, steps: Any, base: Any,
@@ -88,7 +82,7 @@ def _score(
         for i, place in enumerate(sums):
             first = avx.splat(builder, avx.load(builder, base, 4 * i, _INT)) if codes else floats(0.0)
             builder.store(first, place)
-        _ask(builder, wanted, row)
+        ask_page(builder, wanted, row)
         shift = ir.Constant(avx.INTS, [-0x7F7F7F80] * avx.LANES)  # 0x80 in each byte
         sixteen = ir.Constant(avx.INTS, [16] * avx.LANES)
         upper = ir.Constant(avx.INTS, [-65536] * avx.LANES)

@@ -22,6 +22,7 @@ from hasten.nn.product.blocks import LINE, in_blocks, scaled
 __all__ = [
     "LOWEST",
     "PAGE",
+    "ask_page",
     "attend_page",
     "exp_lanes",
     "floats",
@@ -192,7 +193,7 @@ def _widened(builder: Any, address: Any, offset: int) -> Any:
     )
 
 
-def _ask(builder: Any, page: Any, row: Any) -> None:
+def ask_page(builder: Any, page: Any, row: Any) -> None:
     """Prefetch a page of sixteen rows."""
     with cgutils.for_range(builder, builder.sdiv(row, row.type(LINE // PAGE))) as loop:
         avx.prefetch(builder, page, scaled(builder, loop.index, LINE))
@@ -217,7 +218,7 @@ def attend_page(
         lanes = ir.Constant(avx.INTS, list(range(avx.LANES)))
         edges = [avx.splat(builder, builder.trunc(edge, _INT)) for edge in (low, high)]
         inside = builder.and_(builder.icmp_signed(">=", lanes, edges[0]), builder.icmp_signed("<", lanes, edges[1]))
-        _ask(builder, builder.add(keys, ahead), row)
+        ask_page(builder, builder.add(keys, ahead), row)
         with cgutils.for_range(builder, heads) as loop:
             each = scaled(builder, loop.index, 4)
             _score_head(
@@ -226,7 +227,7 @@ def attend_page(
                 builder.add(weights, scaled(builder, loop.index, LINE)), builder.add(fade, each),
             )  # fmt: skip
 
-        _ask(builder, builder.add(values, ahead), row)
+        ask_page(builder, builder.add(values, ahead), row)
 
         def emit(count: int, head: Any) -> None:
             _add_values(

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from hasten.nn.bfloat import load, store
 from hasten.nn.product import instructions as avx
-from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, aligned, asks, in_blocks, over_steps, scaled
+from hasten.nn.product.blocks import GROUP, LINE, PANEL, TILES, adds_words, aligned, asks, in_blocks, over_steps, scaled
 
 __all__ = [
     "adds_pairs",
@@ -51,14 +51,6 @@ def adds_pairs(builder: Any, lines: list[Any], totals: list[Any], floats: bool) 
     """Code that adds a step: weights of one input pair in four registers, times pair number ``step`` of each line of
     bfloat16, or of float32 with ``floats``."""
 
-    def dots(tiles: list[Any], step: Any) -> None:
-        at = scaled(builder, step, 4)
-        for r, line in enumerate(lines):
-            word = avx.broadcast(builder, line, at)
-            for t, tile in enumerate(tiles):
-                total = totals[r * TILES + t]
-                builder.store(avx.dot_bfloat16(builder, builder.load(total), tile, word), total)
-
     def products(tiles: list[Any], step: Any) -> None:
         at = scaled(builder, step, 8)
         upper = ir.Constant(avx.INTS, [-65536] * avx.LANES)
@@ -73,7 +65,7 @@ def adds_pairs(builder: Any, lines: list[Any], totals: list[Any], floats: bool) 
                     total = totals[r * TILES + t]
                     builder.store(avx.multiply_add(builder, tile, number, builder.load(total)), total)
 
-    return products if floats else dots
+    return products if floats else adds_words(builder, lines, totals, avx.dot_bfloat16)
 
 
 def _emit(

@@ -24,6 +24,7 @@ __all__ = [
     "ROWS",
     "TILES",
     "accumulate",
+    "adds_words",
     "aligned",
     "asks",
     "in_blocks",
@@ -80,6 +81,14 @@ def accumulate(
     of later steps.
     """
 
+    over_steps(builder, weights, steps, ask, adds_words(builder, lines, totals, dot))
+
+
+def adds_words(
+    builder: Any, lines: list[Any], totals: list[Any], dot: Callable[[Any, Any, Any, Any], Any]
+) -> Callable[[list[Any], Any], None]:
+    """Code that adds a step: weights in four registers, by ``dot`` with word number ``step`` of each line."""
+
     def add(tiles: list[Any], step: Any) -> None:
         at = scaled(builder, step, 4)
         for r, line in enumerate(lines):
@@ -88,7 +97,7 @@ def accumulate(
                 total = totals[r * TILES + t]
                 builder.store(dot(builder, builder.load(total), tile, word), total)
 
-    over_steps(builder, weights, steps, ask, add)
+    return add
 
 
 def over_steps(
