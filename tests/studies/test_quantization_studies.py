@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.compress.quantize import Int, MiniFloat, PerChannel, PerGroup, PerTensor
+from hasten.compress.quantize import Int, MiniFloat, PerChannel, PerGroup, PerTensor, Quantize
 from hasten.studies import Scale, load, minifloats, quantization_survey
 from hasten.studies import _quantization as part
 from hasten.studies._vision_models import ResidualNet, VisionTransformer, accuracy, digits_cnn, digits_mlp
@@ -83,20 +83,57 @@ def test_data_that_are_not_there_are_none() -> None:
     assert check.holds is None
 
 
-def test_four_bits_are_judged_by_several_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def front(whole: float, small: float) -> SimpleNamespace:
-        tried = [(Int(4), whole), (MiniFloat(2, 1), small), (MiniFloat(3, 0), 0.1), (Int(8), 1.0)]
-        return SimpleNamespace(
-            candidates=[SimpleNamespace(weight=w, integer=isinstance(w, Int), score=v) for w, v in tried]
-        )
+def halves_of(*seen: tuple[float, float]) -> minifloats.Halves:
+    halves = minifloats.Halves((torch.zeros(1),) * 4)
+    halves.seen += [(1.0, 1.0), *seen]
+    return halves
 
-    assert minifloats._gap(front(0.90, 0.88)) == pytest.approx(-2)
-    answers = iter([front(0.90, 0.92), front(0.90, 0.91)])
+
+def front_of(*formats: Int | MiniFloat) -> SimpleNamespace:
+    return SimpleNamespace(candidates=[SimpleNamespace(weight=w, integer=isinstance(w, Int)) for w in formats])
+
+
+def test_a_format_is_chosen_on_one_half_and_judged_on_the_other() -> None:
+    front = front_of(Int(4), MiniFloat(2, 1), MiniFloat(3, 0), Int(8))
+    halves = halves_of((0.9, 0.8), (0.7, 0.95), (0.8, 0.6), (1.0, 1.0))
+    assert halves.best(front, 4, True) == pytest.approx(0.85)
+    assert halves.best(front, 4, False) == pytest.approx((0.6 + 0.7) / 2)  # 0.95 and 0.8 were what chose them
+    assert minifloats._gap(front, halves) == pytest.approx(-20)
+
+
+def test_halves_add_up_to_all_images() -> None:
+    x = torch.eye(3)[:, None]
+    halves = minifloats.Halves((x, torch.arange(3), x, torch.tensor([0, 1, 0])))
+    assert halves(nn.Flatten()) == pytest.approx(2 / 3)
+    assert halves.seen == [(0.5, 1.0)]
+
+
+def test_four_bits_are_judged_by_several_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of(Int(4), MiniFloat(2, 1), Int(8))
+    answers = iter([0.92, 0.91])
+
+    def formats(model: object, given: object, halves: minifloats.Halves, **named: object) -> SimpleNamespace:
+        small = next(answers)
+        halves.seen += [(0.9, 0.9), (small, small), (1.0, 1.0)]
+        return front
+
     monkeypatch.setattr(minifloats, "_NETWORKS", 3)
-    monkeypatch.setattr(minifloats, "digits", lambda seed: (torch.zeros(1),) * 4)
-    monkeypatch.setattr(minifloats.part, "network", lambda *given: None)
-    monkeypatch.setattr(minifloats, "formats", lambda *given, **named: next(answers))
+    monkeypatch.setattr(minifloats, "digits", lambda seed: (torch.zeros(2, 1), torch.zeros(2)) * 2)
+    monkeypatch.setattr(minifloats.part, "network", lambda *given: nn.Identity())
+    monkeypatch.setattr(minifloats, "formats", formats)
     check = minifloats._four_bits(Scale(quick=False), "digits", 1, -6.0)
     assert check.value == pytest.approx(-1)
     assert check.holds is False
     assert "-6.00, +2.00, +1.00" in check.note
+
+
+def test_output_errors_are_those_of_each_layer_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    small = Quantize(Int(3, PerChannel(0)), real="never")(net)
+    x = torch.randn(7, 6)
+    found = minifloats._output_errors(net, small, x)
+    assert set(found) == {"0", "2"}
+    inside = net[1](net[0](x))
+    wanted = (inside @ (Int(3, PerChannel(0)).fake(net[2].weight) - net[2].weight).T).square().sum().detach()
+    assert found["2"] == pytest.approx(float(wanted), rel=1e-4)

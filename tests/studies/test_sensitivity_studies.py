@@ -69,7 +69,33 @@ def test_orders_have_equal_bytes_and_tell_every_seed() -> None:
     found = list(q_bert.orders(QUICK, [(net, net)] * 2, spectra, data, ", here"))
     assert [c.name.endswith(", here") for c in found] == [True] * 4
     for check in found:  # the same net twice: both seeds alike
-        apart = check.note.rpartition("by seed ")[2].split(", ")
+        apart = check.note.rpartition("by seed ")[2].partition(" (standard error 0.0000)")[0].split(", ")
         assert len(apart) == 2
         assert apart[0] == apart[1]
         assert (check.value >= 1) == (float(apart[0]) >= 0) or abs(float(apart[0])) < 1e-4
+
+
+def test_parts_of_a_network_are_rounded_one_at_a_time() -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = q_bert.DigitBert(layers=1, width=16, heads=2, classes=2, vocabulary=30).eval()
+    found = q_bert.parts(net)
+    assert {k: len(v) for k, v in found.items()} == {
+        "attention": 4, "feed-forward": 2, "words": 1, "positions": 1, "embeddings": 3, "encoder": 6,
+    }  # fmt: skip
+    assert sorted(found["attention"] + found["feed-forward"]) == sorted(found["encoder"])
+    ids, labels = agreement(40, seed=0)
+    data = (ids, labels, ids, labels)
+    assert q_bert.rise(net, "words", Int(16), data) == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        net.net.bert.embeddings.word_embeddings.weight.mul_(50)  # now they decide everything
+    check = q_bert.modules([(net, net)] * 2, data, ("positions", "words"), q_bert.TABLES, "here")
+    again = [q_bert.rise(net, part, q_bert.TABLES, data) for part in ("positions", "words")]
+    assert check.value == pytest.approx(again[0] - again[1])
+    assert "(480 weights)" in check.note
+    assert "(1024 weights)" in check.note
+
+
+def test_differences_of_seeds_carry_their_error() -> None:
+    assert q_bert.by_seed([0.1]) == "by seed +0.1000"
+    assert q_bert.by_seed([0.1, -0.1]) == "by seed +0.1000, -0.1000 (standard error 0.1000)"

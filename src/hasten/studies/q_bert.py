@@ -39,6 +39,10 @@ __all__ = ["study"]
 
 ENCODER = "encoder.layer.*"
 ACTIVATION = Int(8, symmetric=False, observer=MovingAverage(0.05))
+HEADS = Int(2, RowGroups(32, 4), full_range=True)
+"""The published width of encoders, a range per head"""
+TABLES = Int(4, full_range=True)
+"""The width below the published 8 at which embedding tables lose accuracy"""
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -64,6 +68,7 @@ def run(scale: Scale) -> Iterator[Check]:
     scale.progress("orders of layers", 0.6)
     spectra = [spectrum(scale, net, data) for net, _ in nets]
     yield from orders(scale, nets, spectra, data)
+    yield modules(nets, data, ("feed-forward", "attention"), HEADS, "digits")
     scale.progress("size", 0.75)
     yield from size(scale, nets, spectra, data, seeds)
     scale.progress("convergence", 0.85)
@@ -160,7 +165,7 @@ def prepare(scale: Scale, data: Data, shape: dict[str, int], seed: int, epochs: 
 
 def spectrum(scale: Scale, net: nn.Module, data: Data) -> Spectrum:
     """Of every matrix of the encoder, over portions of the training data."""
-    portions = scale.choose(quick=2, full=4)
+    portions = scale.choose(quick=2, full=10)
     method = HessianSpectrum(
         ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
          "intermediate.dense", "layer.*.output.dense"),
@@ -223,7 +228,7 @@ def grouped(net: nn.Module, bits: int, granularity: Any, epochs: int, seed: int)
     return uniform(net, bits, granularity, epochs, 5e-4, seed)
 
 
-def groups(scale: Scale, nets: Any, data: Data, seeds: Any) -> Iterator[Check]:
+def groups(scale: Scale, nets: Any, data: Data, seeds: Any, where: str = "") -> Iterator[Check]:
     """One range per encoder layer, per head and for small groups, before and after fine-tuning."""
     x, y, xt, yt = data
     kinds = {"layer": None, "head": RowGroups(32, 4), "groups": RowGroups(4, 4)}
@@ -238,25 +243,27 @@ def groups(scale: Scale, nets: Any, data: Data, seeds: Any) -> Iterator[Check]:
                 tuned = grouped(net, bits, granularity, epochs, seed)(net, batches(x, y, seed), loss=classify)
                 after[kind].append(score(tuned, xt, yt)[0])
         for name, values in (("before", before), ("after", after)):
-            m = {k: float(np.mean(v)) for k, v in values.items()}
-            told = ", ".join(f"{k} {v:.3f}" for k, v in m.items())
-            yield Check.at_least(
-                f"accuracy of 4-row groups minus per head, {bits} bits, {name} fine-tuning",
-                m["groups"] - m["head"],
-                0.0,
-                note=told,
-            )
-            yield Check.at_least(
-                f"accuracy per head minus per layer, {bits} bits, {name} fine-tuning",
-                m["head"] - m["layer"],
-                0.0,
-                note=told,
-            )
-        if bits == 2:
-            gap = float(np.mean(after["groups"])) - float(np.mean(after["layer"]))
-            yield Check.at_least(
-                "small groups over one range per layer, 2 bits, fine-tuned", gap, 0.03, note=f"{epochs} epochs"
-            )
+            told = ", ".join(f"{k} {np.mean(v):.3f}" for k, v in values.items())
+            for finer, coarser, words in (
+                ("groups", "head", "of 4-row groups minus per head"), ("head", "layer", "per head minus per layer"),
+            ):  # fmt: skip
+                apart = np.array(values[finer]) - np.array(values[coarser])
+                yield Check.at_least(
+                    f"accuracy {words}, {bits} bits, {name} fine-tuning{where}", float(apart.mean()), 0.0,
+                    note=f"{told}; {by_seed(apart)}",
+                )  # fmt: skip
+        apart = np.array(after["groups"]) - np.array(after["layer"])
+        yield Check.at_least(
+            f"small groups over one range per layer, {bits} bits, fine-tuned{where}", float(apart.mean()), 0.03,
+            note=f"{epochs} epochs; {by_seed(apart)}; an image is {1 / len(yt):.4f}",
+        )  # fmt: skip
+
+
+def by_seed(apart: Any) -> str:
+    """Differences of every seed and the standard error of their mean."""
+    each = ", ".join(f"{v:+.4f}" for v in apart)
+    spread = f" (standard error {np.std(apart, ddof=1) / len(apart) ** 0.5:.4f})" if len(apart) > 1 else ""
+    return f"by seed {each}{spread}"
 
 
 def orders(scale: Scale, nets: Any, spectra: list[Spectrum], data: Data, where: str = "") -> Iterator[Check]:
@@ -275,13 +282,47 @@ def orders(scale: Scale, nets: Any, spectra: list[Spectrum], data: Data, where: 
             ratio = float(means[other][1] / means["hessian"][1])
             tries = len(found[other]) // len(nets)
             apart = np.reshape(found[other], (len(nets), tries, 3)).mean(1)[:, 1] - np.array(found["hessian"])[:, 1]
-            told = f"{note}; by seed {', '.join(f'{v:+.4f}' for v in apart)}"
+            told = f"{note}; {by_seed(apart)}"
             yield Check.at_least(f"loss of {name} over Hessian order, equal bytes{what}{where}", ratio, 1.0, "×", told)
 
 
+FEEDFORWARD = ("intermediate.dense.weight", "output.dense.weight")
+
+
+def parts(net: nn.Module) -> dict[str, list[str]]:
+    """Paths of the weights of attention and of the feed-forward part, of the embedding tables, and of all matrices."""
+    every = matrices(net)
+    attention = [p for p in every if ".attention." in p]
+    return {
+        "attention": attention,
+        "feed-forward": [p for p in every if p.endswith(FEEDFORWARD) and p not in attention],
+        "words": [p for p in embeddings(net) if "word_embeddings" in p],
+        "positions": [p for p in embeddings(net) if "position_embeddings" in p],
+        "embeddings": [p for p in embeddings(net) if "embeddings" in p],
+        "encoder": every,
+    }  # fmt: skip
+
+
+def rise(net: nn.Module, part: str, form: Int, data: Data) -> float:
+    """Loss that it adds when only this part's weights are rounded, on held-out data, nothing tuned."""
+    small = MixedQuantize(tuple((p, form) for p in parts(net)[part]))(net)
+    return score(small, data[2], data[3])[1] - score(net, data[2], data[3])[1]
+
+
+def modules(nets: Any, data: Data, pair: tuple[str, str], form: Int, where: str) -> Check:
+    """Whether the first part of the network is more sensitive than the second, rounded one at a time."""
+    rises = np.array([[rise(net, part, form, data) for part in pair] for net, _ in nets])
+    count = {p: sum(nets[0][0].get_parameter(n).numel() for n in parts(nets[0][0])[p]) for p in pair}
+    note = ", ".join(f"{p} {v:+.4f} ({count[p]} weights)" for p, v in zip(pair, rises.mean(0), strict=True))
+    return Check.at_least(
+        f"loss added by rounding {pair[0]} minus {pair[1]}, {form.bits} bits, {where}",
+        float((rises[:, 0] - rises[:, 1]).mean()), 0.0, note=f"{note}; {by_seed(rises[:, 0] - rises[:, 1])}",
+    )  # fmt: skip
+
+
 def clothes(scale: Scale) -> Iterator[Check]:
-    """The orders again on Fashion-MNIST: ten times the images, of which the model knows few by heart, so that loss on
-    others follows the loss whose curvature was taken."""
+    """Orders and groups again on Fashion-MNIST: the model knows few of its training images by heart, so that loss on
+    others follows the loss whose curvature was taken, and 10,000 are held out."""
     images = fashion(scale)
     if images is None:
         yield Check.unavailable("orders on Fashion-MNIST", "vision/fashion_mnist.npz is not here", "×")
@@ -292,6 +333,9 @@ def clothes(scale: Scale) -> Iterator[Check]:
     some: Data = (data[0][:1500], data[1][:1500], data[2], data[3])  # for the curvature, as many as there are digits
     spectra = [spectrum(scale, net, some) for net, _ in nets]
     yield from orders(scale, nets, spectra, some, ", Fashion-MNIST")
+    yield modules(nets, some, ("feed-forward", "attention"), HEADS, "Fashion-MNIST")
+    tuning: Data = (data[0][:4000], data[1][:4000], data[2], data[3])
+    yield from groups(scale, nets, tuning, seeds, ", Fashion-MNIST")
 
 
 def _ranked(
@@ -399,15 +443,20 @@ def text(scale: Scale) -> Iterator[Check]:
     """Agreement of verbs, with a real embedding table."""
     x, y = agreement(4000, scale.seed)
     xt, yt = agreement(1000, scale.seed + 1)
+    data: Data = (x, y, xt, yt)
     shape = {"layers": 2, "classes": 2, "vocabulary": 30}
-    net, _ = prepare(scale, (x, y, xt, yt), shape, scale.seed, 20)
-    full = score(net, xt, yt)[0]
-    sens = spectrum(scale, net, (x, y, xt, yt))
-    small = tuned_mix(net, sens, (x, y, xt, yt), scale.seed, 5)
-    found = score(small, xt, yt)[0]
+    seeds = range(scale.seed, scale.seed + 3)
+    nets = [prepare(scale, data, shape, seed, 20) for seed in seeds]
+    full = np.array([score(net, xt, yt) for net, _ in nets])
+    tuned = [tuned_mix(net, spectrum(scale, net, data), data, s, 5) for (net, _), s in zip(nets, seeds, strict=True)]
+    found = np.array([score(small, xt, yt) for small in tuned])
     yield Check.at_most(
-        "accuracy lost on sentences, 2/3-bit mix", full - found, 0.023, note=f"float {full:.3f}, mix {found:.3f}"
-    )
+        "accuracy lost on sentences, 2/3-bit mix", float((full - found)[:, 0].mean()), 0.023,
+        note=f"float {full[:, 0].mean():.3f}, mix {found[:, 0].mean():.3f}; loss {full[:, 1].mean():.5f} and "
+        f"{found[:, 1].mean():.5f}; {by_seed(-(full - found)[:, 0])}",
+    )  # fmt: skip
+    yield modules(nets, data, ("embeddings", "encoder"), TABLES, "sentences")
+    yield modules(nets, data, ("positions", "words"), TABLES, "sentences")
 
 
 study = Study(
