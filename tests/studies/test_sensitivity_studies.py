@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from hasten.compress.quantize.integer import Int
+from hasten.events.lightcurves import simulate
 from hasten.studies import Check, Scale, load, q_bert
 from hasten.studies import augmented_hessians as augmented
 from hasten.studies import tiny_transient_transformer as tiny
@@ -99,3 +101,13 @@ def test_parts_of_a_network_are_rounded_one_at_a_time() -> None:
 def test_differences_of_seeds_carry_their_error() -> None:
     assert q_bert.by_seed([0.1]) == "by seed +0.1000"
     assert q_bert.by_seed([0.1, -0.1]) == "by seed +0.1000, -0.1000 (standard error 0.1000)"
+
+
+def test_brightness_is_judged_by_neighbours() -> None:
+    seen, kinds = simulate(150, seed=1)
+    told = tiny.brightness(seen, kinds, 50)
+    assert set(told) == {"mean flux", "mean flux of each band"}
+    assert all(1 / 7 < v < 1 for v in told.values())
+    values = kinds[:, None] + 0.1 * np.random.default_rng(0).random((len(kinds), 1))
+    few = np.bincount(kinds[50:]).min()
+    assert tiny._nearest(values, kinds, 50, int(few)) == 1.0  # all neighbours are of the same kind

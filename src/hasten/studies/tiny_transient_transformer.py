@@ -39,6 +39,9 @@ __all__ = ["study"]
 
 KERNEL = {"steps": 20}
 NIGHT = 10_000_000
+"""Alerts, in ten hours"""
+MACHINES = 16
+"""As many may share them"""
 Curves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -52,7 +55,7 @@ def run(scale: Scale) -> Iterator[Check]:
     held = len(seen) // 4
     x, y, xt, yt = made["short"][held:], made["kind"][held:], made["grid"][:held], made["kind"][:held]
     whole = made["grid"][held:]
-    yield from brightness(seen, kinds, held)
+    simple = brightness(seen, kinds, held)
     settings = scale.choose(
         quick={"epochs": 6, "tuning": 3}, full={"epochs": 14, "tuning": 8},
     )  # fmt: skip
@@ -68,7 +71,7 @@ def run(scale: Scale) -> Iterator[Check]:
         made |= trained("tiny-transient-deep", compress_t2, {"epochs": settings["tuning"], "seed": seed}, data)
         nets.append(made)
     yield from size(scale, nets, xt)
-    yield from quality(scale, nets, xt, yt)
+    yield from quality(nets, xt, yt, simple)
     scale.progress("loading", 0.7)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -134,16 +137,23 @@ def make_curves(*, count: int, seed: int, sky: int, checkpoint: Path) -> dict[st
     }
 
 
-def brightness(seen: Observations, kinds: Any, held: int) -> Iterator[Check]:
-    """What the mean brightness tells by itself: nearest neighbours in it."""
-    mean = np.where(seen.valid, seen.flux, 0).sum(1) / seen.valid.sum(1)
-    train, test = mean[held:], mean[:held]
-    near = np.argsort(np.abs(test[:, None] - train[None]), 1)[:, :25]
+def brightness(seen: Observations, kinds: Any, held: int) -> dict[str, float]:
+    """Accuracy on the first ``held`` objects from what needs no light curve: the mean flux, or that of each band."""
+    flux = np.where(seen.valid, seen.flux, 0)
+    mean = flux.sum(1) / seen.valid.sum(1)
+    inside = seen.valid[:, :, None] & (seen.band[:, :, None] == np.arange(len(LSST)))
+    bands = (flux[:, :, None] * inside).sum(1) / np.maximum(inside.sum(1), 1)
+    bands = np.arcsinh(bands / np.median(np.abs(bands[held:]), 0))  # logarithmic where bright, whatever the sign
+    found = {"mean flux": mean[:, None], "mean flux of each band": bands}
+    return {name: _nearest(values, kinds, held) for name, values in found.items()}
+
+
+def _nearest(values: Any, kinds: Any, held: int, count: int = 25) -> float:
+    """Accuracy of the majority of the nearest neighbours among the objects behind the first ``held``."""
+    train, test = values[held:], values[:held]
+    near = np.argsort(((test[:, None] - train[None]) ** 2).sum(-1), 1)[:, :count]
     votes = np.stack([(kinds[held:][near] == c).sum(1) for c in range(len(CLASSES))], 1)
-    yield Check.at_most(
-        "accuracy from the mean flux alone", float((votes.argmax(1) == kinds[:held]).mean()), 0.7,
-        note="25 nearest neighbours; the classifier must be 20 points better, see below",
-    )  # fmt: skip
+    return float((votes.argmax(1) == kinds[:held]).mean())
 
 
 def batches_of(x: Tensor, y: Tensor, seed: int) -> Any:
@@ -240,17 +250,18 @@ def judged(model: nn.Module, xt: Tensor, yt: Tensor) -> tuple[float, float, floa
     return float(weighted_log_loss(logits, yt)), float(np.mean(scores)), float((guess == yt).float().mean())
 
 
-def quality(scale: Scale, nets: list[dict[str, Any]], xt: Tensor, yt: Tensor) -> Iterator[Check]:
-    """Log-loss and F1 of the float, the compressed and the one-shot model on held-out objects."""
-    found = {k: np.mean([judged(t2_of(made[k]), xt, yt) for made in nets], 0) for k in ("float", "tiny", "shot")}
+def quality(nets: list[dict[str, Any]], xt: Tensor, yt: Tensor, simple: dict[str, float]) -> Iterator[Check]:
+    """Log-loss and F1 of the float, the compressed and the one-shot model on held-out objects; ``simple``: accuracy
+    from brightness alone."""
+    every = {k: np.array([judged(t2_of(made[k]), xt, yt) for made in nets]) for k in ("float", "tiny", "shot")}
+    found = {k: v.mean(0) for k, v in every.items()}
     note = "; ".join(f"{k}: log-loss {v[0]:.3f}, macro F1 {v[1]:.3f}, accuracy {v[2]:.3f}" for k, v in found.items())
-    note += f"; {len(nets)} seeds, {len(xt)} held-out objects"
+    ratios = ", ".join(f"{v:.3f}" for v in every["tiny"][:, 0] / every["float"][:, 0])
+    note += f"; {len(nets)} seeds, log-loss of compressed over float each {ratios}; {len(xt)} held-out objects"
     yield Check.at_least(
-        "accuracy of the float model above the limit of 20 points over mean flux",
-        float(found["float"][2]),
-        0.65,
-        note=note,
-    )
+        "accuracy of the float model minus that of mean flux alone", float(found["float"][2]) - simple["mean flux"],
+        0.2, note=f"25 nearest neighbours in {', '.join(f'{name} {v:.3f}' for name, v in simple.items())}; {note}",
+    )  # fmt: skip
     yield Check.at_most(
         "log-loss of the compressed over the float model", float(found["tiny"][0] / found["float"][0]), 1.05, "×", note
     )
@@ -348,8 +359,9 @@ def streams(scale: Scale, seen: Observations, folder: Path) -> Iterator[Check]:
     )
     at = {q: percentile(list(stream.delays), q).value for q in (50, 99)}
     yield Check.at_most(
-        "latency of one alert, p99", at[99], 10 * 3600 / 1000, "s",
-        f"p50 {at[50] * 1e3:.1f} ms, p99 {at[99] * 1e3:.1f} ms: Gaussian process and classifier, one alert at a time",
+        "latency of one alert, p99", at[99], MACHINES * 36000 / NIGHT, "s",
+        f"p50 {at[50] * 1e3:.1f} ms, p99 {at[99] * 1e3:.1f} ms: Gaussian process and classifier, one alert at a time; "
+        f"the bound is the time between alerts on each of {MACHINES} machines",
     )  # fmt: skip
     batch = classifier_of(folder / "tiny", batch=64, clock=MonotonicClock())
     clock = MonotonicClock()
@@ -366,7 +378,7 @@ def streams(scale: Scale, seen: Observations, folder: Path) -> Iterator[Check]:
         model(curves)
     alone = 240 / (clock.now() - began)
     yield Check.at_most(
-        "machines like this for ten million alerts in a night of ten hours", NIGHT / 36000 / rate, 16, "",
+        "machines like this for ten million alerts in a night of ten hours", NIGHT / 36000 / rate, MACHINES, "",
         f"{rate:.0f} alerts/s in batches of 64 with the Gaussian process ({rate / NIGHT:.2e} nights per second), "
         f"{alone:.0f} light curves/s by the classifier alone ({alone / NIGHT:.2e})",
     )  # fmt: skip
