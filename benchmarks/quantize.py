@@ -6,6 +6,7 @@ Bits count scales and zero points. A peer that is not installed is named and lef
 search path:
 
     pip install --target build/peers --no-deps bitsandbytes llmcompressor compressed-tensors loguru accelerate datasets
+    pip install --target build/peers --no-deps multiprocess dill xxhash pyarrow pandas
     pip install --target build/peers --no-deps brevitas dependencies==2.0.1 unfoldNd
     python benchmarks/quantize.py --peers build/peers --data ../data
 """

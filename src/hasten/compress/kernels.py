@@ -3,7 +3,7 @@
 No kernel wins everywhere: a packed bf16 weight is best for one shape and batch, int8 with int8 activations for another,
 and a 4-bit weight may lose outright at 16 tokens. So the choice is measured, per (out, in) and number of tokens,
 with all candidates interleaved in one run; the table is filed under the machine's fingerprint, that of a GPU under its
-name (:mod:`hasten.compress.kernels_cuda`).
+name (:mod:`hasten.compress.kernels_cuda`), and under a stamp of our own kernels' code: others are measured again.
 
 Each kernel states the relative error of its result against float32 for normally distributed weights and inputs,
 ``‖y - x Wᵀ‖ / ‖x Wᵀ‖``; the tests hold it.
@@ -27,6 +27,7 @@ from hasten.compress.packed import LinearKernel, Packed
 from hasten.compress.panels import panel_kernels, panel_product, takes
 from hasten.errors import ConfigurationError, DataError
 from hasten.files import write_text
+from hasten.kernel_cache import stamp_of
 from hasten.measure.cache import cache_folder
 from hasten.measure.latency import Protocol, compare
 from hasten.measure.machine import Machine, busy
@@ -44,7 +45,9 @@ __all__ = [
 ]
 
 GROUP_SIZES = (32, 64, 128, 256)
-_VERSION = 1
+_ROOT = Path(__file__).resolve().parents[1]
+_PRODUCTS = _ROOT / "nn" / "product" / "dispatch.py"
+"""Where all of our CPU kernels come together."""
 
 
 def _quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,8 +264,9 @@ def _table_path(device: torch.device | None = None) -> Path:
     if device is not None and device.type == "cuda":
         from hasten.compress.kernels_cuda import table_name
 
-        return cache_folder() / "kernels" / f"{table_name(device)}-v{_VERSION}.json"
-    return cache_folder() / "kernels" / f"{_fingerprint(torch.get_num_threads())}-v{_VERSION}.json"
+        return cache_folder() / "kernels" / f"{table_name(device)}.json"
+    name = f"{_fingerprint(torch.get_num_threads())}-{stamp_of(_PRODUCTS, _ROOT)}"
+    return cache_folder() / "kernels" / f"{name}.json"
 
 
 def _load_table(device: torch.device) -> tuple[Path, Table]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hasten.compress import device_codes as layout
 from hasten.compress import kernels_triton as ours
 from hasten.compress.packed import LinearKernel, Packed
 from hasten.errors import MissingExtraError
+from hasten.kernel_cache import stamp_of
 from hasten.measure.latency import Protocol
 
 __all__ = [
@@ -275,9 +277,11 @@ def _times(packed: Packed, precision: str, rounds: bool) -> dict[int, dict[str, 
 
 @lru_cache(maxsize=8)
 def table_name(device: torch.device) -> str:
-    """Under which the times of a device are filed: its model and the versions that make the code."""
+    """Under which the times of a device are filed: its model, the versions that make the code, and a stamp of ours."""
     compiler = "none" if ours.triton is None else ours.triton.__version__
-    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {compiler}"
+    root = Path(__file__).resolve().parents[1]
+    code = "".join(stamp_of(Path(str(part.__file__)).resolve(), root) for part in (ours, layout))
+    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} triton {compiler} {code}"
     return "".join(c if c.isalnum() or c in ".+-" else "-" for c in name)
 
 
