@@ -21,6 +21,8 @@ The tree::
     │   └── EngineStoppingError             draining; no new request is taken
     └── MissingExtraError    (ImportError)  an optional package is not installed
 
+Beside it :class:`DataWarning` (UserWarning): the result is sound, and less good than with more data.
+
 A message holds the value received, what was expected, and the next step, on one line.
 """
 
@@ -33,6 +35,7 @@ __all__ = [
     "ContextLengthError",
     "CorruptPostingError",
     "DataError",
+    "DataWarning",
     "EngineDeadError",
     "EngineError",
     "EngineStoppingError",
@@ -62,6 +65,10 @@ class ConfigurationError(HastenError, ValueError):
 
 class DataError(HastenError, ValueError):
     """A data file, trace or corpus that cannot be used."""
+
+
+class DataWarning(UserWarning):
+    """Data from which less can be learnt than was asked for; the result is still sound."""
 
 
 class CorruptPostingError(DataError):

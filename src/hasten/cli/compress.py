@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -162,7 +163,7 @@ def _smaller_cache(
         }  # fmt: skip
         print(encoder.dumps(content, ensure_ascii=False))
         return
-    for note in result.report.notes:
+    for note in _unsaid(result.report.notes):
         console.print(note, style="dim", markup=False)
     text = f"{before:,} bytes of cache a token -> {after:,}"
     text += "; the same function" if made.level == 0 else ""
@@ -199,11 +200,16 @@ def _narrower(
         }  # fmt: skip
         print(encoder.dumps(content, ensure_ascii=False))
         return
-    for note in result.report.notes[:5]:
+    for note in _unsaid(result.report.notes)[:5]:
         console.print(note, style="dim", markup=False)
     text = f"perplexity {old:.3f} -> {new:.3f} on held-out text ({result.kept:.2%} kept)"
     console.print(f"[bold]{escape(text)}[/]")
     console.print(f"serve it: hasten serve {out}")
+
+
+def _unsaid(notes: Sequence[str]) -> list[str]:
+    """Notes without the one that was a warning already."""
+    return [n for n in notes if not n.startswith("too little calibration")]
 
 
 def _document(result: Any, settings: Any, out: Path, before: int, after: int) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import typer
 
-from hasten.errors import HastenError
+from hasten.errors import DataWarning, HastenError
 
 __all__ = ["app", "run"]
+
+_SHOW = warnings.showwarning
 
 app = typer.Typer(
     name="hasten",
@@ -75,6 +78,7 @@ _build()
 
 def run() -> Any:
     """Entry point of the ``hasten`` command."""
+    warnings.showwarning = _on_one_line
     try:
         return app()
     except HastenError as error:
@@ -82,3 +86,11 @@ def run() -> Any:
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe went away
         sys.exit(0)
+
+
+def _on_one_line(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
+    """What a user should know of the data without the place in our code; other warnings as Python shows them."""
+    if issubclass(category, DataWarning):
+        print(f"hasten: {message}", file=sys.stderr)
+    else:
+        _SHOW(message, category, *place, **where)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hasten.compress.given import run_example
+from hasten.compress.scarce import Scarcity
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 from hasten.nn import rotary_frequencies
@@ -81,7 +83,7 @@ class ToMLA:
         clone = copy.deepcopy(model).eval()
         seen = _inputs(model, layers, calibration or []) if self.level == 1 and self.by_data else {}
         context = max((t.shape[-1] for t in calibration or []), default=0)
-        reports, notes = [], []
+        reports, notes = [], self._scarce(layers, seen)
         before = after = 0
         for name, old in layers.items():
             new = self._convert(old, seen.get(name), context)
@@ -106,6 +108,19 @@ class ToMLA:
         clone.cache_bytes_per_token = 2 * after  # type: ignore[assignment]
         clone.model_cache_bytes = 2 * before  # type: ignore[assignment]
         return clone
+
+    def _scarce(self, layers: dict[str, Any], seen: dict[str, Tensor]) -> list[str]:
+        """The sentence on too few tokens; refuses a latent of which the tokens leave a part to chance."""
+        scarce, notes = Scarcity(), list[str]()
+        tokens = {name: len(x) for name, x in seen.items()}
+        totals = {n: m.config.num_kv_heads * m.config.head_dim for n, m in layers.items()}
+        whole = {n: 2 * t - (t if self.rope_dims is None else min(self.rope_dims, t)) for n, t in totals.items()}
+        if tokens and self.kv_rank is not None:
+            ranks = {n: self._rank(w) for n, w in whole.items()}
+            scarce.refuse("the latent is wider than what was seen", tokens, ranks, "by_data=False", "tokens")
+            scarce.rows("ToMLA", tokens, whole, unit="tokens")
+        scarce.tell(notes)
+        return notes
 
     def _folded(self, model: nn.Module, calibration: Sequence[Any] | None) -> nn.Module:
         """The fold with the least loss on the calibration: doubled while it falls."""
@@ -303,8 +318,8 @@ def _inputs(model: nn.Module, layers: dict[str, Any], calibration: Sequence[Any]
     try:
         model.eval()
         with torch.no_grad():
-            for tokens in calibration:
-                model(tokens)
+            for index, tokens in enumerate(calibration):
+                run_example(model, tokens, index)
     finally:
         for hook in hooks:
             hook.remove()

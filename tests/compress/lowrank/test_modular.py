@@ -136,11 +136,6 @@ def test_nothing_is_differentiated():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_too_little_calibration_is_said():
-    small = ModularDecomposition(ratio=0.2, modules=("mlp",))(decoder(), [TOKENS[:1, :20]])
-    assert any("20 tokens of calibration for 64" in n for n in small.report.notes)
-
-
 @pytest.mark.parametrize(
     "knobs",
     [{"ratio": 0}, {"ratio": 0.9}, {"allocation": "x"}, {"temperature": 0}, {"modules": ("x",)}, {"selection": "x"}],

@@ -136,11 +136,6 @@ def test_a_layer_that_the_data_do_not_reach_is_kept_and_named() -> None:
     assert report.skipped["idle"] == "the calibration did not reach it"
 
 
-def test_too_little_data_are_noted() -> None:
-    report: Any = Quantize(Int(4), None, [Gptq()])(nn.Sequential(nn.Linear(64, 8)), [torch.randn(5, 64)]).report
-    assert any("too little calibration" in n and "'0': 5 rows for 64 inputs" in n for n in report.notes)
-
-
 def test_a_whole_model_that_is_one_layer() -> None:
     small = Quantize(Int(8, PerChannel(0)), real="never")(nn.Linear(64, 64))
     assert isinstance(small, Simulated)

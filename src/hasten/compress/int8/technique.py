@@ -23,6 +23,8 @@ from hasten.compress.int8.operations import Convolution
 from hasten.compress.quantize import Int, MinMax, PerTensor
 from hasten.compress.quantize.fold import fold_batch_norm
 from hasten.compress.quantize.observers import Observer, Watch
+from hasten.compress.quantize.technique import observers_see
+from hasten.compress.scarce import Scarcity, count_examples
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 from hasten.measure.latency import Protocol, compare
@@ -66,7 +68,7 @@ class Int8Network:
         clock: Clock | None = None,
     ) -> nn.Module:
         """As a call; a plan that keeps every layer is followed without measuring."""
-        images = self._images(calibration)
+        images, scarce = self._images(calibration), Scarcity()
         copied = copy.deepcopy(model)
         layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         if plan and all(action == "kept" for action in plan.values()):
@@ -77,7 +79,7 @@ class Int8Network:
             if not has_bytes():
                 raise Unsupported("this processor has no vpdpbusd on registers of 512 bits")
             graph = trace(folded)
-            network = IntegerNetwork(lower(graph, images[0], self._ranges(graph, images)), folded)
+            network = IntegerNetwork(lower(graph, images[0], self._ranges(graph, images, scarce)), folded)
         except Unsupported as reason:
             return self._kept(copied, layers, str(reason))
         _store_rounded_weights(network, folded)
@@ -94,7 +96,9 @@ class Int8Network:
             speedup = best["float"] / best["bytes"]
             if self.only_faster and speedup < 1:
                 return self._kept(copied, layers, f"bytes would take {1 / speedup:.2f}× the time of the float network")
-        small.report = self._report(model, network, layers, speedup, images)  # type: ignore[assignment]
+        notes: list[str] = []
+        scarce.tell(notes)
+        small.report = self._report(model, network, layers, speedup, images, notes)  # type: ignore[assignment]
         return small
 
     def _images(self, calibration: Sequence[Any] | None) -> list[Tensor]:
@@ -111,7 +115,7 @@ class Int8Network:
                 )
         return [i.float() for i in images]
 
-    def _ranges(self, graph: fx.GraphModule, images: list[Tensor]) -> Any:
+    def _ranges(self, graph: fx.GraphModule, images: list[Tensor], scarce: Scarcity) -> Any:
         """Ranges of the values that are kept as bytes; which these are, a first lowering tells."""
         asked: list[str] = []
 
@@ -126,6 +130,8 @@ class Int8Network:
         with torch.inference_mode():
             for image in images:
                 watcher.run(image)
+        observers_see(scarce, watches, asked)
+        scarce.examples("activations take ranges", count_examples(images))
         found = {name: tuple(float(x) for x in watch.range()) for name, watch in watches.items()}
         return found.__getitem__
 
@@ -136,7 +142,7 @@ class Int8Network:
 
     def _report(
         self, model: nn.Module, network: IntegerNetwork, layers: list[tuple[str, Any]], speedup: float | None,
-        images: list[Tensor],
+        images: list[Tensor], notes: list[str],
     ) -> TechniqueReport:  # fmt: skip
         done = {o.name: o for o in network.lowered.operations if isinstance(o, Convolution)}
         rows = []
@@ -153,7 +159,7 @@ class Int8Network:
         if speedup is not None:
             note += f", {speedup:.2f}× as fast as the float network at batch {len(images[0])}"
             measured["speedup"] = speedup
-        return TechniqueReport(self.name, tuple(rows), (note,), measured)
+        return TechniqueReport(self.name, tuple(rows), (note, *notes), measured)
 
 
 class _Watcher(fx.Interpreter):

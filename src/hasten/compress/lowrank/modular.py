@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from hasten.compress.lowrank.blocks import Block, find_blocks
 from hasten.compress.lowrank.moments import Moments, observe, output_sqnr, require_cpu
 from hasten.compress.lowrank.narrow import narrow_attention, narrow_feed_forward
 from hasten.compress.lowrank.statistics import BlockStatistics, gather
+from hasten.compress.scarce import Scarcity
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 
@@ -103,9 +104,9 @@ class ModularDecomposition:
             seen = gather(model, blocks, calibration, kinds, progress=lambda s, x: told(s, part * x))
         else:
             seen = list(statistics)
+        notes = self._scarce(model, blocks, seen)
         shares = self._shares(model, blocks, seen, calibration, told)
         reports: list[LayerReport] = []
-        notes: list[str] = []
         spare = 0.0
         for index, (block, share) in enumerate(zip(blocks, shares, strict=True)):
             stats = seen[index]
@@ -132,6 +133,24 @@ class ModularDecomposition:
         clone.report = TechniqueReport(self.name, tuple(reports), tuple(notes), measured)  # type: ignore[assignment]
         told("done", 1.0)
         return clone
+
+    def _scarce(self, model: nn.Module, blocks: list[Block], seen: list[BlockStatistics]) -> list[str]:
+        """The sentence on too few tokens. With fewer than a head has numbers the values of the pair would be cut down
+        to what those tokens showed, and the rest of the head lost, however much of it was to stay."""
+        scarce, notes = Scarcity(), list[str]()
+        tokens, heads, widths = {}, {}, {}
+        for block, stats in zip(blocks, seen, strict=True):
+            if "vo" in self.modules:
+                path = f"{block.attention}.v_proj"
+                tokens[path], heads[path] = stats.tokens, block.width
+                widths[path] = cast(nn.Linear, model.get_submodule(path)).in_features
+            if "mlp" in self.modules and block.feed_forward is not None:
+                tokens[block.down_path] = stats.tokens
+                widths[block.down_path] = cast(nn.Linear, model.get_submodule(block.down_path)).in_features
+        scarce.refuse("values and output of a head cannot be fitted", tokens, heads, "modules without vo", "tokens")
+        scarce.rows("ModularDecomposition", tokens, widths, unit="tokens")
+        scarce.tell(notes)
+        return notes
 
     def _shares(
         self, model: nn.Module, blocks: list[Block], seen: list[BlockStatistics], calibration: Sequence[Any],

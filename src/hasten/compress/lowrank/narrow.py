@@ -62,11 +62,6 @@ def narrow_feed_forward(
     if keep >= units:
         return [LayerReport(f"{block.name}.mlp", "kept", f"all {units} units stay at this ratio", before, before)]
     assert stats.hidden is not None
-    if stats.hidden.count < units:
-        notes.append(
-            f"{block.name}: {stats.hidden.count} tokens of calibration for {units} hidden units; the fit is loose, "
-            f"give at least {units}"
-        )
     moment, following = stats.hidden.mean, down.weight.double()
     if stats.hidden.count < units:  # what was not seen is held by a ridge
         moment = moment + 1e-4 * moment.diagonal().mean() * torch.eye(units, dtype=moment.dtype)

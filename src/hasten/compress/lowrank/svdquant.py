@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,7 @@ from hasten.compress.lowrank.absorb import Absorbed, absorb, weight_format
 from hasten.compress.lowrank.fourbit import SvdQuantLinear, pack_codes
 from hasten.compress.lowrank.moments import observe, output_sqnr, require_cpu
 from hasten.compress.replace import replace_module
+from hasten.compress.scarce import Scarcity, count_examples
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError, DataError
 
@@ -129,7 +130,11 @@ class SvdQuant:
             if progress is not None:
                 progress("decomposing", 0.2 + 0.75 * (index + 1) / len(groups))
         clone.train(model.training)
+        scarce, notes = Scarcity(), list[str]()
+        scarce.examples("SvdQuant takes the largest inputs", count_examples(calibration))
+        scarce.tell(notes)
         report = self._report(model, clone, reports, calibration)
+        report = replace(report, notes=(*report.notes, *notes))
         clone.report = report  # type: ignore[assignment]
         return clone
 

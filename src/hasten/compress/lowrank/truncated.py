@@ -21,6 +21,7 @@ from hasten.compress.given import finite_weight
 from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear, truncate
 from hasten.compress.lowrank.moments import Moments, observe, output_sqnr, require_cpu
 from hasten.compress.replace import replace_module
+from hasten.compress.scarce import Scarcity
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 
@@ -110,7 +111,8 @@ class TruncatedSvd:
             if owners[id(layer.weight)] > 1:
                 reports.append(LayerReport(name, "kept", "its weight is shared with another layer", size, size))
                 continue
-            report, new = self._factor(name, layer, moments.get(name) if calibration else None, size)
+            moment = moments.get(name)  # of a layer that calibration never reached nothing is known
+            report, new = self._factor(name, layer, moment if moment is not None and moment.count else None, size)
             reports.append(report)
             if new is not None:
                 new.train(layer.training)
@@ -119,6 +121,10 @@ class TruncatedSvd:
                 progress("decomposing", 0.5 + 0.5 * (index + 1) / len(found))
         changed = sum(r.touched for r in reports)
         notes = [f"{changed} of {len(reports)} layers are products of two; each is two calls where one was"]
+        if calibration:
+            scarce, cut = Scarcity(), [r.layer for r in reports if r.touched and r.layer in moments]
+            scarce.rows("TruncatedSvd", {n: moments[n].count for n in cut}, {n: found[n].in_features for n in cut})
+            scarce.tell(notes)
         measured = {"sqnr": output_sqnr(model, clone, calibration[:4])} if calibration else {}
         clone.report = TechniqueReport(self.name, tuple(reports), tuple(notes), measured)  # type: ignore[assignment]
         return clone

@@ -7,6 +7,7 @@ stay exact. All rows of a granularity are treated together. Zero always lies in 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -84,6 +85,11 @@ class Observer(ABC):
         """False where the extremes alone decide, so that no histogram is kept."""
         return True
 
+    @property
+    def values_needed(self) -> tuple[int, int]:
+        """Values of each row below which the range means nothing, and below which it is loose."""
+        return 1, 1
+
 
 @named_value
 @dataclass(frozen=True)
@@ -146,6 +152,11 @@ class Percentile(Observer):
         below = torch.searchsorted(mass, tail).clamp(max=last)
         above = torch.searchsorted(mass, mass[:, -1:] - tail).clamp(max=last)
         return values.gather(1, below)[:, 0].clamp(max=0), values.gather(1, above)[:, 0].clamp(min=0)
+
+    @property
+    def values_needed(self) -> tuple[int, int]:
+        """One value outside at each end."""
+        return 1, 1 if self.percent == 100 else math.ceil(2 / (1 - self.percent / 100) - 1e-9)
 
 
 @named_value
@@ -232,6 +243,12 @@ class Entropy(Observer):
             chosen = torch.where(better, torch.full_like(chosen, stop / self.bins), chosen)
         threshold = chosen * top
         return torch.maximum(points.low, -threshold), torch.minimum(points.high, threshold)
+
+    @property
+    def values_needed(self) -> tuple[int, int]:
+        """A value for each bin; below a sixteenth of that bins are mostly empty, and empty ones agree with any range
+        (a single value: with a range of nothing)."""
+        return self.bins // 16, self.bins
 
 
 @named_value
@@ -328,6 +345,11 @@ class Watch:
             self._reach = torch.where(grow, self._reach * 2, self._reach)
         place = (rows.double() / self._reach[:, None] + 1) * (_BINS / 2)
         self._counts.scatter_add_(1, place.long().clamp(0, _BINS - 1), weights.double())
+
+    @property
+    def fewest(self) -> int:
+        """Values that the row with the fewest has seen; a histogram alone counts them."""
+        return int(self._counts.sum(1).min()) if self._counts.numel() else 0
 
     def points(self) -> Points:
         """The bins as points; a bin stands for its centre, the outermost for the extremes."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,8 @@ class BiasCorrection(Step):
     >>> BiasCorrection()
     BiasCorrection()
     """
+
+    over_examples: ClassVar[str] = "BiasCorrection takes means of outputs"
 
     def correct(self, layer: Layer, rounded: nn.Module) -> None:
         """Add the difference to the bias; a layer without one is given one."""

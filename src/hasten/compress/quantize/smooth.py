@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class SmoothQuant(Step):
 
     strength: float = 0.5
     """α: 0 leaves activations as they are, 1 moves their whole range into the weights"""
+
+    over_examples: ClassVar[str] = "SmoothQuant takes the largest inputs"
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:

@@ -104,6 +104,13 @@ class Step(ABC):  # noqa: B024  (a step overrides what it does)
 
     needs_calibration: ClassVar[bool] = True
     """whether it looks at the inputs of layers"""
+    over_examples: ClassVar[str] = ""
+    """what it takes the largest or the mean of over the examples, for the sentence on too few of them"""
+
+    @property
+    def solves(self) -> bool:
+        """Whether it chooses roundings by a layer's second moment, which fewer rows than inputs leave singular."""
+        return type(self).round is not Step.round
 
     def rewrite(self, work: Work) -> None:  # noqa: B027
         """Change the float model without changing its function."""

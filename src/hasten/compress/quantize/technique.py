@@ -29,9 +29,11 @@ from hasten.compress.quantize.layers import ActivationQuantizer, QuantizedLayer,
 from hasten.compress.quantize.minifloat import FP8_E4M3
 from hasten.compress.quantize.observers import Mse, Watch
 from hasten.compress.quantize.passes import Calibration, Survey
+from hasten.compress.quantize.rounding import Gptq
 from hasten.compress.quantize.steps import Layer, Step, Work, relative_error
 from hasten.compress.quantize.targets import KINDS, matrix, put, targets
 from hasten.compress.recipe import Plan, Recipe
+from hasten.compress.scarce import Scarcity, count_examples
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError, DataError
 
@@ -179,7 +181,7 @@ class Quantize:
         if data is not None:
             told("survey", 0.0)
             survey = data.survey(work.model, work.layers, lambda p, x: watches[p].update(x) if p in watches else None)
-            self._note_scarce(work, survey)
+            self._look_for_scarce(work, survey, watches, count_examples(data.inputs))
         with data.in_order(work.model) if data is not None else nullcontext():
             reports = self._round_all(work, survey, watches)
         for step in self.steps:
@@ -216,18 +218,23 @@ class Quantize:
                     f"{type(step).__name__} looks at the inputs of layers; give calibration inputs"
                 )
 
-    def _note_scarce(self, work: Work, survey: Survey) -> None:
-        """Fewer input rows than a layer has inputs leave directions in which a data-driven rounding is blind."""
-        if not any(type(step).round is not Step.round for step in self.steps):
-            return
-        scarce = [p for p in survey.order if survey.rows[p] < matrix(work.model.get_submodule(p)).shape[1]]
-        if scarce:
-            first = scarce[0]
-            inner = matrix(work.model.get_submodule(first)).shape[1]
-            work.notes.append(
-                f"too little calibration for {len(scarce)} layers, first {first!r}: {survey.rows[first]} rows for "
-                f"{inner} inputs; give more inputs"
-            )
+    def _look_for_scarce(self, work: Work, survey: Survey, watches: Mapping[str, Watch], examples: int) -> None:
+        """Say what is too little of the calibration, on one line."""
+        scarce = Scarcity()
+        inputs = {p: matrix(work.model.get_submodule(p)).shape[1] for p in survey.order}
+        solving = [s for s in self.steps if s.solves]
+        if any(isinstance(s, Gptq) and s.damp == 0 for s in solving):
+            scarce.refuse("Gptq(damp=0) meets a singular second moment", survey.rows, inputs, "Gptq(damp=0.01)")
+        if solving:
+            names = "+".join(type(s).__name__ for s in solving)
+            scarce.rows(names, survey.rows, inputs)
+        for step in self.steps:
+            if step.over_examples:
+                scarce.examples(step.over_examples, examples)
+        if watches:
+            observers_see(scarce, watches, survey.order)
+            scarce.examples("static inputs take ranges", examples)
+        scarce.tell(work.notes)
 
     def _watches(self, work: Work) -> dict[str, Watch]:
         if self.activation is None or self.activation.at_each_call:
@@ -332,6 +339,19 @@ class Quantize:
             action = f"{report.action} on {kernel}"
             result.append(replace(report, action=action, reason=reason, bytes_after=size, speedup=speedup))
         return result
+
+
+def observers_see(scarce: Scarcity, watches: Mapping[str, Watch], order: Sequence[str]) -> None:
+    """Whether observers of static inputs saw the values that they need; refuses a range that would mean nothing."""
+    found = {p: w for p, w in watches.items() if p in order and w.observer.needs_points}
+    seen = {p: w.fewest for p, w in found.items()}
+    for least, what in enumerate(("cannot choose a range", "chooses a loose range")):
+        for kind in {type(w.observer) for w in found.values()}:
+            needed = {p: w.observer.values_needed[least] for p, w in found.items() if type(w.observer) is kind}
+            if least:
+                scarce.rows(kind.__name__, seen, needed, what, "values")
+            else:
+                scarce.refuse(f"{kind.__name__} {what}", seen, needed, "observer=MinMax()", "values")
 
 
 def recipe_with(model: nn.Module, technique: Any, report: TechniqueReport) -> Recipe:
