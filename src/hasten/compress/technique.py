@@ -173,14 +173,19 @@ def from_dict(entry: dict[str, Any]) -> Technique:
     return technique
 
 
-def exportable(model: nn.Module) -> nn.Module:
+def exportable(model: nn.Module, first: str = "plain") -> nn.Module:
     """A copy in which every layer that runs a packed kernel is a plain one with the same weights, for ``torch.export``.
 
-    Layers say how through a method ``plain() -> nn.Module``. The result agrees with ``model`` up to the rounding of the
-    kernel's activations.
+    Layers say how through a method ``plain() -> nn.Module``, or one called ``first`` where they have it. The result
+    agrees with ``model`` up to the rounding of the kernel's activations.
     """
-    clone = copy.deepcopy(model)
-    return _replace(clone, lambda m: m.plain() if callable(getattr(m, "plain", None)) else None)
+
+    def substitute(module: nn.Module) -> nn.Module | None:
+        made = (getattr(module, name, None) for name in (first, "plain"))
+        way = next((m for m in made if callable(m)), None)
+        return None if way is None else way()
+
+    return _replace(copy.deepcopy(model), substitute)
 
 
 def _replace(model: nn.Module, substitute: Callable[[Any], nn.Module | None]) -> nn.Module:

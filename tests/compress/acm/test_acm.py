@@ -10,10 +10,12 @@ from torch import nn
 
 from hasten.clock import ManualClock
 from hasten.compress.acm import ACM, AdaptiveComputation, executed_share, load_map, running, set_budget, set_fixed
+from hasten.compress.acm.module import ACTIVATIONS
 from hasten.compress.acm.targets import find_targets
 from hasten.compress.acm.technique import adaptive_layers, measure_gates
 from hasten.errors import ConfigurationError
 from hasten.measure.counting import cost
+from hasten.nn.product.instructions import has_bytes
 from hasten.testing.technique_kit import TechniqueKit
 
 torch.set_num_threads(1)
@@ -60,6 +62,79 @@ def test_sorted_execution_is_the_masked_sum(learners, least, tokens, seed):
         assert float((one - two).abs().max()) < 1e-5
     expected = torch.stack([layer.prefix(z[i], int(counts[i])) for i in range(tokens)])
     torch.testing.assert_close(made[0][0], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_one_call_is_the_sorted_execution(data):
+    learners, width, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    tokens, least = data.draw(st.sampled_from([1, 5, 50, 300, 700])), data.draw(st.integers(0, min(2, learners)))
+    torch.manual_seed(data.draw(st.integers(0, 10_000)))
+    activation = data.draw(st.sampled_from(sorted(ACTIVATIONS)))
+    layer = AdaptiveComputation(width=width, learners=learners, size=size, least=least, activation=activation).eval()
+    layer.fixed = None
+    nn.init.normal_(layer.gate[-1].weight, std=3.0)
+    z = torch.randn(2, tokens, width).transpose(0, 1)
+    with torch.no_grad():
+        made, counts = layer.gated(z)
+        rows = z.reshape(-1, width)
+        chosen = layer.scores(rows).argmax(-1) + least
+        assert torch.equal(counts, chosen.view(tokens, 2))
+        torch.testing.assert_close(made, layer.sparse(rows, chosen).view(z.shape), atol=1e-5, rtol=1e-5)
+        told = torch.randint(least, learners + 1, (tokens, 2))
+        made, counts = layer.gated(z, told)
+        torch.testing.assert_close(made, layer.sparse(rows, told.flatten()).view(z.shape), atol=1e-5, rtol=1e-5)
+        assert torch.equal(counts, told)
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+def test_weights_that_change_are_packed_again():
+    torch.manual_seed(0)
+    layer = AdaptiveComputation(width=8, learners=2, size=4).eval()
+    layer.fixed, z = None, torch.randn(40, 8)
+
+    def exact() -> bool:
+        with torch.inference_mode():
+            made = layer(z)
+            wanted = layer.sparse(z, layer.scores(z).argmax(-1))
+        return bool(layer.packed) and torch.allclose(made, wanted, atol=1e-6)
+
+    assert exact()
+    call = layer.packed[1]
+    assert exact()
+    assert layer.packed[1] is call  # nothing has changed
+    with torch.no_grad():
+        layer.out.mul_(3)
+    assert exact()
+    layer.bias.data = torch.randn(8)
+    assert exact()
+    with torch.inference_mode():
+        layer.gate_bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    assert exact()
+    assert int(layer.last.min()) == int(layer.last.max()) == 1
+    layer.load_state_dict(AdaptiveComputation(width=8, learners=2, size=4).state_dict())
+    assert exact()
+    assert copy.deepcopy(layer).packed is None
+    with torch.inference_mode():
+        unseen = copy.deepcopy(layer)  # torch does not watch what is made here
+        assert torch.equal(unseen(z), layer(z))
+        unseen.out.mul_(2)
+        torch.testing.assert_close(unseen(z), 2 * layer(z))
+
+
+@pytest.mark.skipif(not has_bytes(), reason="needs registers of 512 bits")
+def test_threads_share_many_tokens():
+    torch.manual_seed(0)
+    layer, z = AdaptiveComputation(width=8, learners=3, size=4).eval(), torch.randn(2, 700, 8)
+    layer.fixed = None
+    try:
+        with torch.inference_mode():
+            alone = layer(z)
+            torch.set_num_threads(2)
+            assert torch.equal(layer(z), alone)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_all_learners_of_neurons_are_the_layer():
@@ -139,10 +214,10 @@ def test_where_gates_pay_is_measured():
     clock = ManualClock()
     layer = small[1].mlp
     layer.prefix = lambda z, count: (clock.advance(2.0), z)[1]
-    layer.sparse = lambda z, counts: (clock.advance(3.0 if len(z) == 4 else 1.0), z)[1]
+    layer.gated = lambda z, counts: (clock.advance(3.0 if len(z) == 4 else 1.0), z)[1]
     assert measure_gates(small, (4, 16, 64), clock=clock) == {"1.mlp": 16}
     assert layer.min_tokens == 16
-    layer.sparse = lambda z, counts: (clock.advance(5.0), z)[1]
+    layer.gated = lambda z, counts: (clock.advance(5.0), z)[1]
     assert measure_gates(small, (4, 16, 64), clock=clock) == {"1.mlp": 128}
     told = ACM(targets=("1.mlp",), epochs=1, gate_epochs=1, tune_epochs=0, measure=True)(network(), inputs())
     assert "min_tokens now" in told.report.notes[-1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten.compress import FusedNetwork, Recipe, sqnr
+from hasten.compress import AdaptiveComputation, FusedNetwork, Recipe, sqnr
 from hasten.compress.fused import FusedModule
 from hasten.compress.fused.values import Buffer, Value, contiguous, merged, viewed
 from hasten.errors import ConfigurationError
@@ -253,6 +253,38 @@ def test_it_follows_low_rank_factors() -> None:
         assert torch.equal(made(x), again(x))
 
 
+@pytest.mark.parametrize(("precision", "quality"), [("fp32", 100.0), ("bf16", 35.0), ("int8", 25.0)])
+def test_gates_and_learners_in_one_call(precision: str, quality: float) -> None:
+    """Of three layers: one whose gate chooses, one that always runs a learner, one of a fixed number."""
+    if precision == "bf16" and not has_bfloat16():
+        pytest.skip("needs vdpbf16ps")
+    torch.manual_seed(0)
+    layers = [
+        AdaptiveComputation(width=24, learners=3, size=10, least=least, activation=name)
+        for least, name in ((0, "gelu"), (1, "identity"), (0, "silu"))
+    ]
+    for layer in layers[:2]:
+        layer.fixed = None
+        nn.init.normal_(layer.out)
+        nn.init.normal_(layer.gate[-1].weight, std=3.0)  # type: ignore[arg-type]
+    layers[2].fixed = 2
+    model, x = nn.Sequential(nn.Linear(24, 24), *layers).eval(), torch.randn(3, 300, 24)
+    fused = FusedModule(model, precision)
+    with torch.inference_mode():
+        made, expected = fused(x), model(x)
+    assert len(layers[0].last.unique()) > 1  # type: ignore[union-attr]
+    assert int(layers[1].last.min()) == 1  # type: ignore[union-attr]
+    with torch.inference_mode():
+        assert sqnr(fused.plain()(x), made) > quality - 10
+    if precision == "fp32":  # in others a gate may be asked about other numbers
+        assert sqnr(expected, made) > quality
+    assert {m.rpartition(".")[0] for m in fused.matrices.names if "gate" in m} == {
+        f"{i}.gate.{j}" for i in (1, 2) for j in (0, 2, 4)
+    }
+    new: Any = FusedNetwork(precision, only_faster=False)(model, [x[:1]])
+    assert {r.layer: r.action for r in new.report.layers}["1"] == precision
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +326,9 @@ def test_a_merged_loop_meets_the_same_numbers(sizes: list[int], random: Any) -> 
     assert met(fewer, strides[1]) == met(tuple(sizes), other)
 
 
-@pytest.mark.parametrize(("rows", "ins", "outs"), [(1, 1, 1), (7, 33, 64), (13, 128, 70)])
+@pytest.mark.parametrize(
+    ("rows", "ins", "outs"), [(1, 1, 1), (7, 33, 64), (13, 128, 70), (17, 5, 32), (9, 40, 97), (10, 3, 80)]
+)
 def test_a_product_in_float32(rows: int, ins: int, outs: int) -> None:
     rng = np.random.default_rng(0)
     x, weight, bias = (rng.standard_normal(s).astype(np.float32) for s in ((rows, ins), (outs, ins), (outs,)))

@@ -4,7 +4,7 @@
 k are a contiguous slice: a plain layer of width k m. Tokens are sorted by k once, and each run of equal k is one pair
 of products; what a token does not need is not computed. "Adaptive Computation Modules: Granular Conditional
 Computation For Efficient Inference", Wójcik et al. 2023, arXiv:2312.10193. Differs from the paper in: runs of equal k
-in place of one pass per learner.
+in place of one pass per learner; on a CPU gate and learners are one compiled call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.acm.one_call import OneCall, one_call, takes
 from hasten.errors import ConfigurationError
 
 __all__ = ["AdaptiveComputation"]
@@ -78,6 +79,8 @@ class AdaptiveComputation(nn.Module):
         """learners of each token in the last gated call, (…,) int64"""
         self.choice: Tensor | None = None
         """in training: one-hot choices (…, learners + 1 - least) of the last call, with gradients"""
+        self.packed: tuple[Any, OneCall] | None = None
+        """of which weights, and the call of :mod:`one_call` with them"""
 
     def cost_of(self, count: float) -> float:
         """Multiply-adds of a token with ``count`` learners, its gate included."""
@@ -163,21 +166,36 @@ class AdaptiveComputation(nn.Module):
             self.choice = functional.gumbel_softmax(logits, tau=self.temperature, hard=True)
             self.last = self.choice.detach().argmax(-1) + self.least
             return self.masked(z, self.choice)
-        rows = z.reshape(-1, self.width)
-        self.asked = len(rows) >= self.min_tokens
-        if not self.asked:
+        asked = z.numel() >= self.min_tokens * self.width
+        self.__dict__["asked"] = asked  # not by a module's own way, which takes longer than the gate
+        if not asked:
             self.last = torch.full(z.shape[:-1], self.typical, dtype=torch.long, device=z.device)
             return self.prefix(z, self.typical)
-        counts = self.scores(rows).argmax(-1) + self.least
-        self.last = counts.view(z.shape[:-1])
-        return self.sparse(rows, counts).view(z.shape)
+        made, self.__dict__["last"] = self.gated(z)
+        return made
+
+    def gated(self, z: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the gate asks for: z (…, width) -> the same, and learners of each token (…,) int64.
+
+        In one call where that can be. ``counts``: taken in place of what the gate says, though it is asked too.
+        """
+        if takes(z):
+            return one_call(self)(z, counts)
+        rows = z.reshape(-1, self.width)
+        asked = self.scores(rows).argmax(-1) + self.least
+        chosen = asked if counts is None else counts.flatten()
+        return self.sparse(rows, chosen).view(z.shape), chosen.view(z.shape[:-1])
 
     def plain(self) -> nn.Module:
         """All learners with masks: the same numbers in a form that ``torch.export`` takes."""
         return _Masked(self)
 
+    def in_one_call(self) -> nn.Module:
+        """The layer as an operator that a network in one call knows; see :mod:`hasten.compress.fused`."""
+        return self.plain() if self.fixed is not None else _Chosen(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last": None, "choice": None}
+        return {**self.__dict__, "last": None, "choice": None, "packed": None}
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -196,3 +214,36 @@ class _Masked(nn.Module):
             return layer.prefix(z, layer.fixed)
         choice = functional.one_hot(layer.scores(z).argmax(-1), self.options).to(z.dtype)
         return layer.masked(z, choice)
+
+
+class _Chosen(nn.Module):
+    """One operator with the learners and the gate as its arguments; what it computes is :meth:`masked`'s."""
+
+    def __init__(self, layer: AdaptiveComputation) -> None:
+        super().__init__()
+        self.into, self.bias, self.out, self.gate = layer.into, layer.bias, layer.out, layer.gate  # by their names
+        self.knobs = layer.learners, layer.least, layer.activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        gate: list[Any] = [m for m in self.gate if isinstance(m, nn.Linear)]
+        weights = [t for m in gate for t in (m.weight, m.bias)]
+        made: Tensor = torch.ops.hasten.adaptive(z, self.into, self.bias, self.out, *weights, *self.knobs)
+        return made
+
+
+@torch.library.custom_op("hasten::adaptive", mutates_args=())
+def _adaptive(
+    z: Tensor, into: Tensor, bias: Tensor, out: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    weight3: Tensor, bias3: Tensor, learners: int, least: int, activation: str,
+) -> Tensor:  # fmt: skip
+    hidden = functional.relu(functional.linear(functional.relu(functional.linear(z, weight1, bias1)), weight2, bias2))
+    count = functional.linear(hidden, weight3, bias3).argmax(-1) + least
+    units = ACTIVATIONS[activation](functional.linear(z, into, bias)).unflatten(-1, (learners, -1))
+    runs = torch.arange(learners, device=z.device) < count[..., None]
+    made: Tensor = (units * runs[..., None]).flatten(-2) @ out
+    return made
+
+
+@_adaptive.register_fake
+def _like(z: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(z)

@@ -157,7 +157,7 @@ def _linear(to: Lowering, node: Any, given: Arguments) -> Any:
 @rule("addmm")
 def _addmm(to: Lowering, node: Any, given: Arguments) -> Any:
     weight, name = given.tensor("mat2")
-    return to.product(given.value("mat1"), weight.T, name, given.value("self"))
+    return to.product(given.value("mat1"), weight.T, f"{name}.T", given.value("self"))
 
 
 @rule("matmul", "bmm", "mm")
@@ -165,7 +165,9 @@ def _matmul(to: Lowering, node: Any, given: Arguments) -> Any:
     left, right = given.plain[:2]
     if right in to.known and to.known[right].dim() == 2:
         weight = to.known[right].T
-        return to.reshaped(to.product(to.value(left), weight, to.names.get(right, right.name), None), given.shape)
+        return to.reshaped(
+            to.product(to.value(left), weight, f"{to.names.get(right, right.name)}.T", None), given.shape
+        )
     a, b = to.value(left), to.value(right)
     if len(a.shape) < 2 or len(b.shape) < 2 or len(given.shape) > 4:
         raise Unsupported(f"{node.name}: a product of {a.shape} and {b.shape} has no operation in a fused network")
@@ -176,6 +178,40 @@ def _matmul(to: Lowering, node: Any, given: Arguments) -> Any:
         Operation(
             run.MATMUL, result, (a, b), (*shape[:3], a.shape[3], shape[3]),
             ((*result.strides, 0), (*a.strides, 0), (*b.strides, 0)),
+        )
+    )  # fmt: skip
+    return to.reshaped(result, given.shape)
+
+
+@rule("adaptive")
+def _adaptive(to: Lowering, node: Any, given: Arguments) -> Any:
+    """A gate and learners (:class:`hasten.compress.acm.AdaptiveComputation`); the gate stays in float32, since a
+    rounded one chooses otherwise."""
+    learners = int(given["learners"])
+    listed: list[tuple[str, Value | None, bool]] = []
+    for layer in "123":
+        weight, name = given.tensor(f"weight{layer}")
+        to.made.weights[name] = weight
+        listed.append((name, given.value(f"bias{layer}"), True))
+    (into, into_name), (out, out_name) = given.tensor("into"), given.tensor("out")
+    bias, _ = given.tensor("bias")
+    size = len(into) // learners
+    for n in range(learners):
+        mine = slice(n * size, (n + 1) * size)
+        names = f"{into_name}[{mine.start}:{mine.stop}]", f"{out_name}[{mine.start}:{mine.stop}].T"
+        to.made.weights |= {names[0]: into[mine], names[1]: out[mine].T}
+        listed += [(names[0], to.constant(bias[mine]), False), (names[1], None, False)]
+    z = to.in_order(given.value("z"))
+    width = z.shape[-1]
+    rows = viewed(z, (z.size // width, width))
+    assert rows is not None
+    result = to.new((z.size // width, width))
+    activation = given["activation"]
+    to.made.operations.append(
+        Operation(
+            run.ADAPTIVE, result, (rows,), (rows.shape[0], width, len(listed), size, len(given.tensor("weight1")[0])),
+            ((), rows.strides), code=lines.UNARY.index("copy" if activation == "identity" else activation),
+            flag=int(given["least"]), matrices=tuple(listed),
         )
     )  # fmt: skip
     return to.reshaped(result, given.shape)

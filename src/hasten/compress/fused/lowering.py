@@ -28,7 +28,7 @@ def lower(model: nn.Module, example: tuple[Tensor, ...]) -> Lowered:
         if not given.is_floating_point():
             raise Unsupported(f"an input is {given.dtype}; only numbers that are float32 go in")
     try:
-        exported = trace(exportable(model).eval(), example)
+        exported = trace(exportable(model, "in_one_call").eval(), example)
     except Exception as error:  # torch raises many kinds here
         raise Unsupported(f"the model cannot be exported ({first_line(error)[:120]})") from error
     with torch.inference_mode():

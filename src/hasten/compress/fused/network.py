@@ -104,9 +104,12 @@ class FusedModule(nn.Module):
             return model
         held = dict(model.named_parameters())
         for name in self.matrices.names:
-            if name in held:
-                weight = torch.from_numpy(self.matrices.unpacked(name)).reshape(held[name].shape)
-                held[name].data = weight.to(held[name].dtype)
+            base, sliced, span = name.removesuffix(".T").partition("[")
+            if base not in held:
+                continue
+            rows = slice(*map(int, span.removesuffix("]").split(":"))) if sliced else slice(None)
+            weight, place = torch.from_numpy(self.matrices.unpacked(name)), held[base].data[rows]
+            place.copy_((weight.T if name.endswith(".T") else weight).reshape(place.shape))
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedModule:

@@ -12,8 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from hasten.compress.fused import run
+from hasten.compress.fused.adaptive import GATES, TOKENS, room_for_rows
 from hasten.compress.fused.attention import room_for
 from hasten.compress.fused.lowering import Lowered
+from hasten.compress.fused.products import describe_float32
 from hasten.compress.fused.values import Buffer, Operation, Value
 from hasten.nn.product import bfloat16, dispatch, float32, int8
 from hasten.nn.product.blocks import PANEL, aligned
@@ -33,12 +35,13 @@ class Matrices:
         self.precision = precision
         self._held: dict[str, tuple[Any, int, int, str]] = {}
 
-    def packed(self, name: str, weight: Tensor) -> tuple[Any, int, int, str]:
-        """What the kernel reads, outputs, inputs, and the precision (bfloat16 takes an even number of inputs)."""
+    def packed(self, name: str, weight: Tensor, exact: bool = False) -> tuple[Any, int, int, str]:
+        """What the kernel reads, outputs, inputs, and the precision (bfloat16 takes an even number of inputs);
+        ``exact``: float32 in any case."""
         if name not in self._held:
             outs, ins = weight.shape
             plain = np.ascontiguousarray(weight.float().numpy())
-            precision = "fp32" if self.precision == "bf16" and ins % 2 else self.precision
+            precision = "fp32" if exact or (self.precision == "bf16" and ins % 2) else self.precision
             if precision == "bf16":
                 bits = np.ascontiguousarray(weight.bfloat16().view(_short()).numpy().view(np.uint16))
                 made: Any = bfloat16.pack(bits)
@@ -56,6 +59,10 @@ class Matrices:
             return bfloat16.unpack(made, outs, ins)
         codes, scales = made
         return int8.unpack(codes, scales, outs, ins)
+
+    def precision_of(self, name: str) -> str:
+        """fp32, bf16 or int8."""
+        return self._held[name][3]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,6 +163,11 @@ class Program:
             needed = room_for(sizes[2], sizes[3], sizes[4])
         elif operation.kind == run.MATMUL:
             needed = sizes[3] * sizes[4]
+        elif operation.kind == run.ADAPTIVE:
+            rows, width, count, size, gate = sizes
+            self.most_rows = max(self.most_rows, min(rows, TOKENS))
+            self.widest = max(self.widest, _lines(max(width, size, gate)))
+            needed = room_for_rows(rows, width, size, gate, (count - GATES) // 2 + 1)
         else:
             needed = 4 * _lines(sizes[-1])
         self.room_size = max(self.room_size, needed)
@@ -169,7 +181,13 @@ class Program:
             row[at + 1 : at + 1 + len(strides)] = strides
         if operation.kind == run.PRODUCT:
             row[3] = len(rows)
-            rows.append(self._matrix(operation, matrices, lowered.weights[operation.matrix]))
+            rows.append(self._matrix(matrices, operation.matrix, lowered.weights[operation.matrix], operation.bias))
+        elif operation.kind == run.ADAPTIVE:
+            row[3] = len(rows)
+            rows += [
+                self._matrix(matrices, name, lowered.weights[name], bias, exact)
+                for name, bias, exact in operation.matrices
+            ]
         elif operation.kind == run.NORM:  # which of weight and bias are there says the code
             given = iter(operation.extra)
             row[_STARTS[2]], row[_STARTS[3]] = (
@@ -181,18 +199,20 @@ class Program:
                 row[_STARTS[4]] = -1
         return row
 
-    def _matrix(self, operation: Operation, matrices: Matrices, weight: Tensor) -> Any:
-        packed, outs, ins, precision = matrices.packed(operation.matrix, weight)
+    def _matrix(
+        self, matrices: Matrices, name: str, weight: Tensor, given: Value | None, exact: bool = False
+    ) -> Any:  # fmt: skip
+        packed, outs, ins, precision = matrices.packed(name, weight, exact)
         bias = None
-        if operation.bias is not None:
-            content = operation.bias.buffer.content
+        if given is not None:
+            content = given.buffer.content
             assert content is not None
             bias = np.ascontiguousarray(content.numpy())
             self._biases.append(bias)
         if precision != "fp32":
             form = "bf16-floats" if precision == "bf16" and pairs_as_floats() else precision
             return dispatch.describe(form, packed, bias, outs, ins)
-        return [-1, outs, ins, packed.ctypes.data, 0, 0 if bias is None else bias.ctypes.data, 0, 0]
+        return describe_float32(packed, bias, outs, ins)
 
 
 def _lines(count: int) -> int:

@@ -12,16 +12,29 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from hasten.compress.fused.adaptive import adapt
 from hasten.compress.fused.attention import attend
 from hasten.compress.fused.lines import binary, norms, pair, reduce, softmaxes, unary
-from hasten.nn.bfloat import FAST, store
+from hasten.compress.fused.products import product
+from hasten.nn.bfloat import FAST
 from hasten.nn.product import dispatch
 from hasten.nn.product.denormals import flush_small, keep_small
-from hasten.nn.product.float32 import multiply_rows
 
-__all__ = ["ATTENTION", "BINARY", "COLUMNS", "MATMUL", "NORM", "PRODUCT", "REDUCE", "SOFTMAX", "UNARY", "run_samples"]
+__all__ = [
+    "ADAPTIVE",
+    "ATTENTION",
+    "BINARY",
+    "COLUMNS",
+    "MATMUL",
+    "NORM",
+    "PRODUCT",
+    "REDUCE",
+    "SOFTMAX",
+    "UNARY",
+    "run_samples",
+]
 
-UNARY, BINARY, PRODUCT, NORM, REDUCE, SOFTMAX, ATTENTION, MATMUL = range(8)
+UNARY, BINARY, PRODUCT, NORM, REDUCE, SOFTMAX, ATTENTION, MATMUL, ADAPTIVE = range(9)
 COLUMNS = 48
 """0 kind, 1 code, 2 flag, 3 matrix, 4 bias (a start, or -1), 5 to 9 sizes, then for the result and up to four sources
 the start and five strides: 10, 16, 22, 28, 34; 40 the sixth size of an attention."""
@@ -108,25 +121,20 @@ def _rows(op: Any, arena: Any, number: Any) -> None:
 @njit(cache=True, error_model="numpy")
 def _product(op: Any, arena: Any, matrices: Any, words: Any, forms: Any, room: Any) -> None:
     """(rows, in) times a packed matrix (out, in)."""
-    matrix = matrices[op[3]]
-    rows, ins, outs, step = op[_SIZES], op[_SIZES + 1], op[_SIZES + 2], op[_A + 1]
+    rows, outs = op[_SIZES], op[_SIZES + 2]
     out = arena[op[_OUT] : op[_OUT] + rows * outs].reshape(rows, outs)
-    if matrix[0] < 0:
-        multiply_rows(
-            arena.ctypes.data + op[_A] * 4, step * 4, rows, ins, matrix[3], dispatch.array_at(matrix[5], outs), room,
-            out,
-        )  # fmt: skip
-        return
-    x = words[: rows * ins].reshape(rows, ins)
-    for row in range(rows):
-        line = arena[op[_A] + row * step : op[_A] + row * step + ins]
-        if matrix[0] == dispatch.BF16:
-            target = x[row]
-            for i in range(ins):
-                store(target, i, line[i])
-        else:
-            dispatch.prepare_row(matrix, line, row, rows, forms)
-    dispatch.part(matrix, dispatch.inputs_for(x, forms), out, 0, dispatch.items_of(matrix, rows))
+    product(matrices[op[3]], arena, op[_A], op[_A + 1], rows, words, forms, room, out)
+
+
+@njit(cache=True, error_model="numpy")
+def _adaptive(op: Any, arena: Any, matrices: Any, words: Any, forms: Any, room: Any) -> None:
+    """(rows, width) through as many learners as a gate says for each row."""
+    rows, width, count = op[_SIZES], op[_SIZES + 1], op[_SIZES + 2]
+    out = arena[op[_OUT] : op[_OUT] + rows * width].reshape(rows, width)
+    counts = np.empty(rows, np.int64)
+    adapt(
+        arena, op[_A], op[_A + 1], matrices[op[3] : op[3] + count], op[2], op[1], words, forms, room, False, counts, out
+    )
 
 
 @njit(cache=True, fastmath=FAST, error_model="numpy")
@@ -188,6 +196,8 @@ def run_samples(
                 )  # fmt: skip
             elif kind == MATMUL:
                 _matmul(op, arena, room)
+            elif kind == ADAPTIVE:
+                _adaptive(op, arena, matrices, words, forms, room)
             else:
                 _elements(op, arena, room)
         outs[number] = arena[result : result + outs.shape[1]]

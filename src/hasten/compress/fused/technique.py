@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.clock import Clock
+from hasten.compress.acm.module import AdaptiveComputation
 from hasten.compress.fused.network import FusedModule
 from hasten.compress.given import finite_parameters
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
@@ -80,7 +81,7 @@ class FusedNetwork:
         """As a call; a plan is followed without measuring, and without calibration too."""
         finite_parameters(model, "run in one call")
         copied = copy.deepcopy(model)
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
+        layers = [(n, m) for n, m in model.named_modules() if _holds(m)]
         if plan and all(action == "kept" for action in plan.values()):
             return self._kept(copied, layers, "as planned")
         if not calibration and not plan:
@@ -147,11 +148,13 @@ class FusedNetwork:
         rows = []
         for name, module in layers:
             size = _size(module)
-            weight = f"{name}.weight" if name else "weight"
-            if weight in packed:
-                rows.append(LayerReport(name, self.precision, "in one call", size, small.matrices.bytes_of(weight)))
+            start = f"{name}." if name else ""
+            mine = [n for n in packed if n == f"{start}weight" or n.startswith((f"{start}into[", f"{start}out["))]
+            after = sum(small.matrices.bytes_of(n) for n in mine)
+            if any(small.matrices.precision_of(n) != "fp32" for n in mine):
+                rows.append(LayerReport(name, self.precision, "in one call", size, after))
             else:
-                rows.append(LayerReport(name, "fp32", "in one call", size, size))
+                rows.append(LayerReport(name, "fp32", "in one call", size, after or size))
         note = f"{len(packed)} products and all between them run in one call"
         measured = {"sqnr": quality}
         if speedup is not None:
@@ -160,5 +163,11 @@ class FusedNetwork:
         return TechniqueReport(self.name, tuple(rows), (note,), measured)
 
 
+def _holds(module: nn.Module) -> bool:
+    """Whether a module has weights of its own."""
+    return isinstance(getattr(module, "weight", None), Tensor) or isinstance(module, AdaptiveComputation)
+
+
 def _size(module: Any) -> int:
-    return int(module.weight.numel() * module.weight.element_size())
+    weights = [module.into, module.out] if isinstance(module, AdaptiveComputation) else [module.weight]
+    return sum(w.numel() * w.element_size() for w in weights)

@@ -67,6 +67,8 @@ class Operation:
     bias: Value | None = None
     extra: tuple[Value, ...] = field(default=())
     """values that are read beside the sources"""
+    matrices: tuple[tuple[str, Value | None, bool], ...] = ()
+    """where an operation has several: their names, biases, and whether they stay in float32"""
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

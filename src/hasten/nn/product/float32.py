@@ -2,7 +2,8 @@
 
 The matrix (out, in) lies in panels of 64 outputs; a panel holds, input by input, the weights of its 64 outputs side by
 side. An output is summed over the inputs in their order, each product rounded once with its sum, so a row's bits depend
-neither on its neighbours nor on how rows are cut. Any processor with registers of 512 bits will do.
+neither on its neighbours nor on how rows are cut. Of a panel that is not full only the registers that hold outputs are
+multiplied. Any processor with registers of 512 bits will do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = ["multiply_rows", "pack", "unpack"]
 
 _AHEAD = 64 * LINE
 """Bytes between a weight in use and the one asked for."""
+_NARROW_ROWS = 8
+"""Rows of a block whose sums are one or two registers: as many sums as hide how long one takes."""
 
 
 def _dot(builder: Any, total: Any, weights: Any, word: Any) -> Any:
@@ -37,20 +40,61 @@ def _panel(typing: Any, x: Any, x_stride: Any, weights: Any, inputs: Any, sums: 
         ask = asks(builder, weights, _AHEAD)
 
         def emit(rows: int, row: Any) -> None:
-            here = builder.add(x, builder.mul(row, x_stride))
-            lines = [builder.add(here, scaled(builder, x_stride, r)) for r in range(rows)]
-            totals = [cgutils.alloca_once(builder, avx.FLOATS) for _ in range(rows * TILES)]
-            for total in totals:
-                builder.store(avx.FLOATS(None), total)
+            lines, totals = _begun(builder, x, x_stride, row, rows, TILES)
             accumulate(builder, lines, weights, inputs, totals, ask, _dot)
-            target = builder.add(sums, scaled(builder, row, PANEL * 4))
-            for place, total in enumerate(totals):
-                avx.store(builder, builder.load(total), target, place * LINE)
+            _written(builder, totals, sums, row, TILES)
 
         in_blocks(builder, count, emit)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), generate
+
+
+def _begun(builder: Any, x: Any, x_stride: Any, row: Any, rows: int, tiles: int) -> tuple[list[Any], list[Any]]:
+    """Addresses of ``rows`` rows from number ``row`` on, and their sums, which are zero."""
+    here = builder.add(x, builder.mul(row, x_stride))
+    totals = [cgutils.alloca_once(builder, avx.FLOATS) for _ in range(rows * tiles)]
+    for total in totals:
+        builder.store(avx.FLOATS(None), total)
+    return [builder.add(here, scaled(builder, x_stride, r)) for r in range(rows)], totals
+
+
+def _written(builder: Any, totals: list[Any], sums: Any, row: Any, tiles: int) -> None:
+    """Sums to their rows, 64 numbers apart."""
+    target = builder.add(sums, scaled(builder, row, PANEL * 4))
+    for place, total in enumerate(totals):
+        at = place // tiles * TILES + place % tiles
+        avx.store(builder, builder.load(total), target, at * LINE)
+
+
+def _narrow(tiles: int) -> Any:
+    """:func:`_panel` for one whose first ``tiles`` registers alone hold outputs."""
+
+    @intrinsic
+    def panel(typing: Any, x: Any, x_stride: Any, weights: Any, inputs: Any, sums: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, weights, inputs, sums, count = arguments
+
+            def emit(rows: int, row: Any) -> None:
+                lines, totals = _begun(builder, x, x_stride, row, rows, tiles)
+                with cgutils.for_range(builder, inputs) as loop:
+                    at = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
+                    some = [avx.load(builder, at, t * LINE, avx.INTS, LINE) for t in range(tiles)]
+                    for r, line in enumerate(lines):
+                        word = avx.broadcast(builder, line, scaled(builder, loop.index, 4))
+                        for total, weight in zip(totals[r * tiles : (r + 1) * tiles], some, strict=True):
+                            builder.store(_dot(builder, builder.load(total), weight, word), total)
+                _written(builder, totals, sums, row, tiles)
+
+            in_blocks(builder, count, emit, _NARROW_ROWS)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return panel
+
+
+_one, _two = _narrow(1), _narrow(2)
 
 
 @njit(cache=True, error_model="numpy")
@@ -62,14 +106,20 @@ def multiply_rows(x: Any, stride: Any, rows: Any, inputs: Any, weights: Any, bia
     """
     width = out.shape[1]
     for panel in range((width + PANEL - 1) // PANEL):
-        _panel(x, stride, weights + panel * inputs * PANEL * 4, inputs, sums.ctypes.data, rows)
+        here = weights + panel * inputs * PANEL * 4
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
-        here = bias[low:high] if len(bias) > 0 else bias
+        if high - low > PANEL // 2:
+            _panel(x, stride, here, inputs, sums.ctypes.data, rows)
+        elif high - low > PANEL // 4:
+            _two(x, stride, here, inputs, sums.ctypes.data, rows)
+        else:
+            _one(x, stride, here, inputs, sums.ctypes.data, rows)
+        shift = bias[low:high] if len(bias) > 0 else bias
         for row in range(rows):  # slices, see :func:`hasten.nn.product.bfloat16.write_sums`
             line, target = sums[row * PANEL : row * PANEL + high - low], out[row, low:high]
             if len(bias) > 0:
                 for i in range(len(target)):
-                    target[i] = line[i] + here[i]
+                    target[i] = line[i] + shift[i]
             else:
                 for i in range(len(target)):
                     target[i] = line[i]
