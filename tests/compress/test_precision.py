@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -92,13 +89,6 @@ def test_packed_layers_count_their_bytes_and_work() -> None:
     counted = cost(layer, torch.zeros(5, 64))
     assert counted.macs == 5 * 64 * 32
     assert counted.weight_bytes == 64 * 32 + 4 * 32 + 4 * 32
-
-
-def test_packed_layers_say_that_they_do_not_travel() -> None:
-    layer = PackedLinear.of(nn.Linear(64, 32), "int8-dynamic")
-    with pytest.raises(TypeError, match="recipe"):
-        pickle.dumps(layer)
-    assert copy.deepcopy(layer).packed is layer.packed
 
 
 def test_bad_knobs() -> None:

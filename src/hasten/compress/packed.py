@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LinearKernel", "Packed"]
+from hasten.errors import ConfigurationError
+
+__all__ = ["LinearKernel", "Packed", "from_plain", "to_plain"]
+
+_OPAQUE = "bf16-packed"
+"""Laid out by oneDNN in a tensor that cannot be written down; its bfloat16 numbers can, and give the same layout."""
+_SIGNED = {torch.uint16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
+"""What ``pickle`` writes of tensors in place of what torch.save alone does."""
+_BY_PROCESSOR = "int4-g"
+"""Kernels of torch whose layout depends on the width of the processor's vectors."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +79,51 @@ class LinearKernel:
 
     def __repr__(self) -> str:
         return f"LinearKernel({self.name!r})"
+
+
+def to_plain(packed: Packed, name: str) -> dict[str, Tensor]:
+    """What the kernel ``name`` holds as tensors that anything stores: its own by their numbers, and ``about`` them.
+
+    >>> from hasten.compress.kernels import kernel
+    >>> sorted(to_plain(kernel("int8-weight").pack(torch.ones(32, 32)), "int8-weight"))
+    ['0', '1', 'about']
+    """
+    tensors = [t.to_dense() if t.is_mkldnn else t for t in packed.tensors]
+    about = {
+        "kernel": name, "shape": packed.shape, "group": packed.group, "layout": _layout(name, packed.device),
+        "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors],
+    }  # fmt: skip
+    signed = [t.view(_SIGNED[t.dtype]) if t.dtype in _SIGNED else t for t in tensors]
+    text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    return {**{str(n): t for n, t in enumerate(signed)}, "about": text}
+
+
+def from_plain(held: dict[str, Tensor], wanted: tuple[str, tuple[int, int]] | None = None) -> tuple[Packed, str]:
+    """The inverse of :func:`to_plain`, bit for bit, and the kernel's name.
+
+    Raises :class:`~hasten.errors.ConfigurationError` on one line for another kernel or shape (out, in) than ``wanted``,
+    and where the numbers lie otherwise on this machine than where they were stored.
+    """
+    about = json.loads(bytes(held["about"].tolist()))
+    name, shape = str(about["kernel"]), (int(about["shape"][0]), int(about["shape"][1]))
+    if wanted is not None and wanted != (name, shape):
+        raise ConfigurationError(
+            f"a weight of {shape[0]} x {shape[1]} for {name} was given to a layer of {wanted[1][0]} x {wanted[1][1]} "
+            f"that runs {wanted[0]}; make the model by the same recipe and plan"
+        )
+    tensors = [held[str(n)].view(getattr(torch, kind)) for n, kind in enumerate(about["dtypes"])]
+    here = _layout(name, tensors[0].device)
+    if about["layout"] != here:
+        raise ConfigurationError(
+            f"a layer was packed by {name} for {about['layout']} and cannot be read here ({here}); load the model as "
+            "it was before compression and apply its recipe"
+        )
+    if name == _OPAQUE:
+        tensors = [torch.ops.mkldnn._reorder_linear_weight(tensors[0].contiguous(), 1)]
+    return Packed(tuple(tensors), shape, int(about["group"])), name
+
+
+def _layout(name: str, device: torch.device) -> str:
+    if device.type == "cpu" and name.startswith(_BY_PROCESSOR) and not name.endswith("panels"):
+        return f"{torch.backends.cpu.get_cpu_capability()} vectors"
+    return device.type

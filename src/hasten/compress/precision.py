@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from hasten.clock import Clock
 from hasten.compress import kernels
 from hasten.compress.given import finite_weight, run_example
-from hasten.compress.replace import replace_module
+from hasten.compress.packed import from_plain, to_plain
+from hasten.compress.replace import replace_module, told_of
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 
@@ -80,12 +81,34 @@ class PackedLinear(nn.Module):
             layer.bias = nn.Parameter(self.bias.float(), requires_grad=False)
         return layer
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        held = to_plain(self.packed, self.kernel_name)
+        destination.update({f"{prefix}packed.{name}": tensor for name, tensor in held.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes another weight of the same shape for the same kernel."""
+        start = f"{prefix}packed."
+        held = {k.removeprefix(start): state_dict.pop(k) for k in list(state_dict) if k.startswith(start)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if "about" in held:
+            self.packed, _ = from_plain(held, (self.kernel_name, self.packed.shape))
+        else:
+            rest[2].append(f"{start}about")  # missing keys
+
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a packed layer belongs to this machine; save the model before packing, with its recipe.yaml")
+        held = {k: v for k, v in self.__dict__.items() if k not in ("packed", "_run")}
+        return {**held, "packed": to_plain(self.packed, self.kernel_name)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed, name = from_plain(state["packed"])
+        super().__setstate__({k: v for k, v in state.items() if k != "packed"})  # type: ignore[no-untyped-call]
+        self.packed = packed
+        self._run = kernels.kernel(name, packed.device).run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         bias = None if self.bias is None else self.bias.clone()
-        return PackedLinear(self.packed, bias, self.kernel_name).train(self.training)
+        return told_of(self, PackedLinear(self.packed, bias, self.kernel_name).train(self.training))
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -7,11 +7,13 @@ fast path is closed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["replace_module", "spelled_out"]
+__all__ = ["replace_module", "spelled_out", "told_of"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def spelled_out(model: nn.Module, path: str) -> nn.Module:
@@ -38,3 +40,11 @@ def replace_module(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         return layer
     model.set_submodule(path, layer)
     return spelled_out(model, path)
+
+
+def told_of(old: nn.Module, new: _Module) -> _Module:
+    """``new``, a copy of ``old``, with what a technique left on it: the report and the recipe."""
+    for name in ("report", "recipe"):
+        if name in old.__dict__:
+            setattr(new, name, old.__dict__[name])
+    return new

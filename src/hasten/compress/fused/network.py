@@ -15,12 +15,23 @@ from hasten.compress.fused.lowering import lower
 from hasten.compress.fused.program import Matrices, Program
 from hasten.compress.fused.run import run_samples
 from hasten.compress.fused.values import Unsupported
+from hasten.compress.replace import told_of
 from hasten.errors import ConfigurationError
+from hasten.nn.product.instructions import has_bfloat16, has_bytes
 
-__all__ = ["FusedModule"]
+__all__ = ["FusedModule", "cannot_run"]
 
 _SHAPES = 8
 """Programs that are kept at a time."""
+
+
+def cannot_run(precision: str) -> str | None:
+    """Why this processor cannot run a network in one call; None where it can."""
+    if not has_bytes():
+        return "this processor has no registers of 512 bits with vpdpbusd"
+    if precision == "bf16" and not has_bfloat16():
+        return "this processor has no vdpbf16ps"
+    return None
 
 
 class FusedModule(nn.Module):
@@ -113,10 +124,37 @@ class FusedModule(nn.Module):
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedModule:
-        return FusedModule(self._plain[0], self.precision, self.matrices).train(self.training)
+        return told_of(self, FusedModule(self._plain[0], self.precision, self.matrices).train(self.training))
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a fused network belongs to this machine; save the model before, with its recipe.yaml")
+        """The model; what was made of it for this machine is made anew from the same weights."""
+        return {**self.__dict__, "matrices": None, "_programs": None, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        reason = cannot_run(self.precision)
+        if reason is not None:
+            raise ConfigurationError(f"a fused network cannot run here: {reason}; run the model that it was made of")
+        self._forget()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}model.{name}": t for name, t in self._plain[0].state_dict().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes other weights of the model, and makes of them what was made of the old ones."""
+        start = f"{prefix}model."
+        held = {k.removeprefix(start): state_dict.pop(k) for k in list(state_dict) if k.startswith(start)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        model = copy.deepcopy(self._plain[0])  # copies of this network share the old one
+        missing, more = model.load_state_dict(held, strict=False)
+        rest[2].extend(start + name for name in missing)
+        rest[3].extend(start + name for name in more)
+        self._plain = [model]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.matrices, self._programs, self._pool = Matrices(self.precision), OrderedDict(), None
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

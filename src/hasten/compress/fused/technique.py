@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from hasten.clock import Clock
 from hasten.compress.acm.module import AdaptiveComputation
-from hasten.compress.fused.network import FusedModule
+from hasten.compress.fused.network import FusedModule, cannot_run
 from hasten.compress.given import finite_parameters
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 from hasten.measure.latency import Protocol, compare
-from hasten.nn.product.instructions import has_bfloat16, has_bytes
 
 __all__ = ["FusedNetwork"]
 
@@ -86,7 +85,7 @@ class FusedNetwork:
             return self._kept(copied, layers, "as planned")
         if not calibration and not plan:
             raise ConfigurationError("fused-network needs an example; give calibration=[input]")
-        reason = self._missing()
+        reason = cannot_run(self.precision)
         if reason is not None:
             return self._kept(copied, layers, reason)
         small = FusedModule(copy.deepcopy(model).eval(), self.precision).train(model.training)
@@ -121,14 +120,6 @@ class FusedNetwork:
             return self._kept(copied, layers, f"one call would take {1 / speedup:.2f}× the time of the model")
         small.report = self._report(small, layers, speedup, quality, len(example[0]))  # type: ignore[assignment]
         return small
-
-    def _missing(self) -> str | None:
-        """Why this processor cannot."""
-        if not has_bytes():
-            return "this processor has no registers of 512 bits with vpdpbusd"
-        if self.precision == "bf16" and not has_bfloat16():
-            return "this processor has no vdpbf16ps"
-        return None
 
     def _speedup(self, plain: nn.Module, small: nn.Module, example: tuple[Any, ...], clock: Clock | None) -> float:
         calls = {"model": lambda: plain(*example), "one call": lambda: small(*example)}

@@ -14,7 +14,9 @@ from hasten.compress.int8.lowering import Lowered
 from hasten.compress.int8.program import Program
 from hasten.compress.int8.run import run_images
 from hasten.compress.int8.simulate import simulate
+from hasten.compress.replace import told_of
 from hasten.errors import ConfigurationError
+from hasten.nn.product.instructions import has_bytes
 
 __all__ = ["IntegerNetwork"]
 
@@ -115,10 +117,30 @@ class IntegerNetwork(nn.Module):
         return copy.deepcopy(self._float[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IntegerNetwork:
-        return IntegerNetwork(self.lowered, self._float[0]).train(self.training)
+        return told_of(self, IntegerNetwork(self.lowered, self._float[0]).train(self.training))
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a network in bytes belongs to this machine; save the model before, with its recipe.yaml")
+        return {**self.__dict__, "program": None, "_arenas": None, "_sums": None, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if not has_bytes():
+            raise ConfigurationError(
+                "a network in bytes runs on processors with vpdpbusd on registers of 512 bits, and this is none; load "
+                "the model as it was before and apply its recipe"
+            )
+        super().__setstate__(state)
+        self.program = Program(self.lowered)
+
+    def get_extra_state(self) -> Any:
+        """Raises :class:`~hasten.errors.ConfigurationError`: a ``state_dict`` would be without what is computed."""
+        raise ConfigurationError(
+            "a network in bytes has no state_dict: bytes, ranges and operations belong together; store it whole with "
+            "torch.save(model, path), or the float model and the recipe"
+        )
+
+    def set_extra_state(self, state: Any) -> None:
+        """As :meth:`get_extra_state`."""
+        self.get_extra_state()
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

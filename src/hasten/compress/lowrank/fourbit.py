@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.float8 import Float8Buffers
 from hasten.compress.lowrank.absorb import activation_format, weight_format
 from hasten.compress.quantize.base import Format
 from hasten.errors import ConfigurationError
@@ -47,7 +48,7 @@ def unpack_codes(packed: Tensor, *, signed: bool = True) -> Tensor:
     return torch.where(halves > 7, halves - 16, halves)
 
 
-class SvdQuantLinear(nn.Module):
+class SvdQuantLinear(Float8Buffers):
     """The layer; made by :class:`~hasten.compress.lowrank.svdquant.SvdQuant`.
 
     >>> layer = SvdQuantLinear(in_features=64, out_features=32, rank=4, group=32)
@@ -207,7 +208,11 @@ class SvdQuantLinear(nn.Module):
         return new.train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_residual": None, "_products": {}, "_packed": {}}
+        return {**super().__getstate__(), "_residual": None, "_products": {}, "_packed": {}}
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self._residual, self._products, self._packed = None, {}, {}  # they were made of the codes before
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.compress.float8 import Float8Buffers
 from hasten.compress.quantize.base import Format, Quantized, at_least_float
 from hasten.compress.quantize.compact import expand, shrink
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerToken
@@ -54,7 +55,7 @@ class ActivationQuantizer(nn.Module):
         return f"{self.format.label}, {'static' if self.scale is not None else 'dynamic'}"
 
 
-class QuantizedLayer(nn.Module, ABC):
+class QuantizedLayer(Float8Buffers, ABC):
     """What the quantised layers share: their weight as codes, and a plain layer with the same weight."""
 
     bias: Tensor | None
@@ -166,6 +167,10 @@ class IntegerLinear(QuantizedLayer):
     def packed_bytes(self) -> int:
         """Bytes of codes, scales and the sums for the zero point."""
         return self.codes.numel() + 4 * self.scales.numel() + 4 * self.sums.numel()
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self.sums = self.codes.sum(1, dtype=torch.int32)
 
     def quantized(self) -> Quantized:
         """The weight as codes."""

@@ -53,6 +53,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             inside.append(path)
             layers[path] = _layer(path, module, tensors)
     folded = [path for path, module in model.named_modules() if isinstance(module, nn.Identity)]
+    kept = [m for n, m in model.named_modules() if not any(n == p or n.startswith(f"{p}.") or not p for p in inside)]
+    whole = next((m for m in kept if hasattr(type(m), "packed_bytes")), None)
+    if whole is not None:
+        raise ConfigurationError(
+            f"a {type(whole).__name__} is packed for this machine, and this format holds codes; store the model whole "
+            "with torch.save, or the float model and the recipe"
+        )
     for name, tensor in model.state_dict().items():
         if any(name.startswith(f"{path}.") or not path for path in inside):
             continue
