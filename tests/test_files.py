@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hasten.errors import DataError
-from hasten.files import write_bytes, write_text
+from hasten.files import check_place, write_bytes, write_text
 from hasten.testing.files import FullDisk
 
 
@@ -64,3 +64,18 @@ def test_pieces_of_bytes_follow_each_other(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_place_is_asked_for_before_the_work(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    check_place(tmp_path / "a" / "b" / "new.html")
+    check_place(file)
+    check_place(tmp_path / "a" / "folder", folder=True)
+    check_place(tmp_path, folder=True)
+    assert os.listdir(tmp_path) == ["file"]
+    assert file.read_text() == "old"
+    for path, folder in ((file / "below", False), (file, True), (tmp_path, False), (Path("/proc/nowhere/x"), False)):
+        with pytest.raises(DataError, match=r"cannot be written \(.*\); name another place") as caught:
+            check_place(path, folder=folder)
+        assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from hasten.errors import DataError
 
-__all__ = ["write_bytes", "write_text"]
+__all__ = ["check_place", "write_bytes", "write_text"]
 
 Opener = Callable[[int], IO[Any]]
 """turns a file descriptor into a file; tests hand in one that fails"""
@@ -33,6 +33,30 @@ def write_bytes(path: str | os.PathLike[str], *pieces: bytes, opener: Opener | N
     """Write ``pieces``, one behind the other, as :func:`write_text` does; returns their bytes."""
     _write(Path(path), pieces, opener or (lambda descriptor: os.fdopen(descriptor, "wb")))
     return sum(map(len, pieces))
+
+
+def check_place(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Whether a file (or a ``folder``) could be written at ``path``, asked before long work and not after it.
+
+    Raises :class:`~hasten.errors.DataError` on one line. Nothing is left behind.
+    """
+    target = Path(path)
+    reason = None
+    if folder and target.exists() and not target.is_dir():
+        reason = "it is a file"
+    elif not folder and target.is_dir():
+        reason = "it is a folder"
+    nearest = target if folder else target.parent
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if reason is None:
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            reason = error.strerror or str(error)
+    if reason is not None:
+        raise DataError(f"{str(target)!r} cannot be written ({reason}); name another place")
 
 
 def _write(target: Path, pieces: Iterable[str] | Iterable[bytes], opener: Opener) -> None:

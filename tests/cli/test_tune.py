@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import hasten.tune
 from hasten.budget import SLO
 from hasten.cli.tune import tune
 from hasten.compress import Recipe
@@ -37,13 +38,16 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_module_from_the_command_line(tmp_path: Path) -> None:
     recipe, page, db = tmp_path / "recipe.yaml", tmp_path / "report.html", tmp_path / "study.db"
     arguments = ["made_to_be_tuned:tiny", "--budget", "p99<10s", "--input-shape", "4x64", "--time-limit", "2s"]
-    files = ["--recipe", str(recipe), "--report", str(page), "--storage", str(db)]
+    files = ["--recipe", str(recipe), "--report", str(page), "--storage", str(db), "--save", str(tmp_path / "kept")]
     ran = CliRunner().invoke(app, [*arguments, *files, "--json"])
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
     assert document["best"]["feasible"]
     assert Recipe.load(recipe).to_yaml() == document["recipe"]
     assert "<svg" in page.read_text()
+    kept = hasten.tune.load(tmp_path / "kept")
+    assert kept.verdict == document["verdict"]
+    assert kept.recipe.to_yaml() == document["recipe"]
     assert db.exists()
     again = CliRunner().invoke(app, [*arguments, "--storage", str(db)])
     assert again.exit_code == 0, again.output
@@ -71,6 +75,20 @@ def test_one_goal_is_named() -> None:
         ran = CliRunner().invoke(app, arguments)
         assert isinstance(ran.exception, ConfigurationError)
         assert "--budget for a module, or --slo" in str(ran.exception)
+
+
+def test_places_are_asked_for_before_the_search(tmp_path: Path) -> None:
+    """Minutes of search are not lost to a folder that cannot be written; the model is not even built."""
+    (tmp_path / "file").write_text("old")
+    for option, place in (("--recipe", tmp_path), ("--report", tmp_path / "file" / "x"), ("--save", tmp_path / "file")):
+        ran = CliRunner().invoke(app, ["no_such_module:tiny", "--budget", "p99<1s", option, str(place)])
+        assert isinstance(ran.exception, DataError)
+        assert "cannot be written" in str(ran.exception)
+    assert (tmp_path / "file").read_text() == "old"
+    for option in ("--save", "--recipe"):
+        ran = CliRunner().invoke(app, ["--slo", "ttft<1s", option, str(tmp_path / "new")])
+        assert isinstance(ran.exception, ConfigurationError)
+        assert "for --slo give --report or --json" in str(ran.exception)
 
 
 def test_serving_knobs_on_a_real_engine(tmp_path: Path) -> None:

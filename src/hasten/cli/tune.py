@@ -65,6 +65,10 @@ def tune(
         typer.Option("--data", help="For a module: example inputs (.npy) that judge the quality; random ones without."),
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write one HTML file.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", help="For a module: folder for recipe, figures and page; hasten.tune.load reads it."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Search over recipes (--budget) or serving knobs (--slo); every number that counts is measured."""
@@ -76,6 +80,7 @@ def tune(
     from hasten.cli.progress import stages
     from hasten.compress import Recipe
     from hasten.errors import ConfigurationError
+    from hasten.files import check_place
 
     console = Console(stderr=json)
     limit = parse_quantity(time_limit, "time")
@@ -83,6 +88,11 @@ def tune(
         raise ConfigurationError("say what to meet: --budget for a module, or --slo for a served language model")
     if slo is not None and device != "cpu":
         raise ConfigurationError("--slo tunes serving on the CPU; leave --device out")
+    if slo is not None and (save is not None or recipe is not None):
+        raise ConfigurationError("--save and --recipe keep what --budget finds; for --slo give --report or --json")
+    for path, folder in ((recipe, False), (report, False), (save, True)):
+        if path is not None:
+            check_place(path, folder=folder)  # not after minutes of search
     result: Any
     with stages(console) as told:
         if budget is not None:
@@ -121,9 +131,12 @@ def tune(
             from hasten.tune.report import of_serving
 
             page = of_serving(result)
-    if recipe is not None and budget is not None:
+    if recipe is not None:
         result.recipe.save(recipe)
         console.print(f"recipe: {recipe}")
+    if save is not None:
+        result.save(save)
+        console.print(f"saved: {save}")
     if report is not None:
         page.write(report) if page is not None else result.report(report)
         console.print(f"report: {report}")

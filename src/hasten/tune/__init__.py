@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten.tune.frontier import Axis, Candidate, Frontier
     from hasten.tune.model import TuneResult, tune
+    from hasten.tune.saved import SavedResult, load
     from hasten.tune.search import Outcome, Search
     from hasten.tune.serving import ServingResult, simulated, tune_serving
     from hasten.tune.space import Knob, Space, recipe_space, serving_space
@@ -22,10 +23,12 @@ __all__ = [
     "Frontier",
     "Knob",
     "Outcome",
+    "SavedResult",
     "Search",
     "ServingResult",
     "Space",
     "TuneResult",
+    "load",
     "recipe_space",
     "serving_space",
     "simulated",
@@ -40,10 +43,12 @@ _HOMES = {
     "Frontier": "frontier",
     "Knob": "space",
     "Outcome": "search",
+    "SavedResult": "saved",
     "Search": "search",
     "ServingResult": "serving",
     "Space": "space",
     "TuneResult": "model",
+    "load": "saved",
     "recipe_space": "space",
     "serving_space": "space",
     "simulated": "serving",

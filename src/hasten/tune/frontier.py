@@ -75,6 +75,23 @@ class Candidate:
             "detail": dict(self.detail),
         }
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Candidate:
+        """The inverse of :meth:`to_json`; what was null is not a number.
+
+        >>> one = Candidate("a", {"bits": 8}, {"quality": 0.9}, violations=("too slow",))
+        >>> Candidate.from_json(one.to_json()) == one
+        True
+        """
+
+        def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+            return {k: math.nan if v is None else float(v) for k, v in values.items()}
+
+        return cls(
+            record["name"], record["knobs"], numbers(record["values"]), numbers(record["predicted"]),
+            tuple(record["violations"]), record["detail"],
+        )  # fmt: skip
+
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -32,6 +32,7 @@ from hasten.measure.stats import summarise
 from hasten.tune.confirm import confirm, thorough
 from hasten.tune.frontier import Axis, Candidate, Frontier
 from hasten.tune.layers import sensitivities
+from hasten.tune.saved import describe, identity
 from hasten.tune.search import Outcome, Search
 from hasten.tune.space import Point, Space, recipe_of, recipe_space, with_choices
 
@@ -90,6 +91,8 @@ class TuneResult:
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     """quality lost, as a share of the unchanged model's, by each layer of the best recipe alone; empty where its layers
     do not stand alone"""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """class, parameters and digest of the unchanged model, so that a stored result is not taken for another's"""
 
     def verdict(self) -> str:
         """One plain sentence, and how much of the space was tried where that was not all."""
@@ -133,6 +136,12 @@ class TuneResult:
         from hasten.tune.report import of_result
 
         of_result(self).write(path)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write recipe, figures and page to ``folder``; :func:`hasten.tune.load` reads them. See :mod:`saved`."""
+        from hasten.tune.saved import save
+
+        return save(self, folder)
 
 
 class _Bench:
@@ -394,7 +403,7 @@ def tune(
             label=lambda point: bench.recipe(point).label,
             storage=Path(storage) if storage is not None else None,
             name=name,
-            facts={"budget": str(budget), "model": _identity(model), "tokens": bench.tokens},
+            facts={"budget": str(budget), "model": identity(model), "tokens": bench.tokens},
             first=_first(chosen),
         )
         candidates = search.run(time_limit=time_limit, clock=clock, progress=progress)
@@ -419,7 +428,7 @@ def _conclude(
         baseline = found.best
     return TuneResult(
         found.best, frontier, found.recipe, model, baseline, bench.budget, storage, found.comparison,
-        sensitivity=sensitivities(bench.model, found.model, bench.kept),
+        sensitivity=sensitivities(bench.model, found.model, bench.kept), tuned=describe(bench.model),
     )  # fmt: skip
 
 
@@ -447,14 +456,3 @@ def _rows(example: Any) -> int:
         return 1
     first = tensors[0]
     return max(1, first.numel() // first.shape[-1] if first.is_floating_point() and first.ndim else first.numel())
-
-
-def _identity(model: nn.Module) -> str:
-    """Digest of the weights, so that a study is never resumed for another model."""
-    import hashlib
-
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -146,7 +146,7 @@ class Search:
 
     def _stored(self, study: Any) -> list[Candidate]:
         records = (t.user_attrs.get(_RECORD) for t in study.get_trials(deepcopy=False))
-        return [_from_record(r) for r in records if r is not None]
+        return [Candidate.from_json(r) for r in records if r is not None]
 
     def _propose(
         self, study: Any, done: Mapping[str, Candidate], queue: list[Point], rest: Iterator[Point]
@@ -207,17 +207,3 @@ def _constraints(trial: Any) -> tuple[float, ...]:
     """Feasible-first: the number of broken bounds, which must be zero."""
     record = trial.user_attrs.get(_RECORD) or {}
     return (float(len(record.get("violations", ()))),)
-
-
-def _from_record(record: Mapping[str, Any]) -> Candidate:
-    def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-        return {k: float("nan") if v is None else float(v) for k, v in values.items()}
-
-    return Candidate(
-        record["name"],
-        record["knobs"],
-        numbers(record["values"]),
-        numbers(record["predicted"]),
-        tuple(record["violations"]),
-        record["detail"],
-    )
