@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear
     from hasten.compress.lowrank.maestro import Maestro
     from hasten.compress.lowrank.modular import ModularDecomposition, Pair, decompose_pair
+    from hasten.compress.lowrank.stages import Stages, stages
     from hasten.compress.lowrank.svdquant import SvdQuant, add_lora, load_svdquant, save_svdquant
     from hasten.compress.lowrank.truncated import TruncatedSvd
     from hasten.compress.prune import MagnitudePruning
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         Ternary,
         load,
         save,
+        zero_shot_inputs,
     )
     from hasten.compress.quantize.allocate import BitPlan, MixedPrecision
     from hasten.compress.quantize.augmented import AugmentedHessian
@@ -128,6 +130,7 @@ __all__ = [
     "Recipe",
     "RowGroups",
     "SmoothQuant",
+    "Stages",
     "SvdQuant",
     "SvdQuantLinear",
     "Technique",
@@ -153,6 +156,8 @@ __all__ = [
     "save_svdquant",
     "set_execution",
     "sqnr",
+    "stages",
+    "zero_shot_inputs",
 ]
 
 _LATER = {
@@ -188,6 +193,10 @@ _LATER = {
         "ModularDecomposition",
         "Pair",
         "decompose_pair",
+    ),
+    "hasten.compress.lowrank.stages": (
+        "Stages",
+        "stages",
     ),
     "hasten.compress.lowrank.svdquant": (
         "SvdQuant",
@@ -231,6 +240,7 @@ _LATER = {
         "Ternary",
         "load",
         "save",
+        "zero_shot_inputs",
     ),
     "hasten.compress.quantize.compare": ("compare",),
     "hasten.compress.quantize.allocate": (

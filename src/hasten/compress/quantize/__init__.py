@@ -41,6 +41,7 @@ from hasten.compress.quantize.rounding import BiasCorrection, Gptq, LearnedRound
 from hasten.compress.quantize.smooth import SmoothQuant
 from hasten.compress.quantize.store import load, save
 from hasten.compress.quantize.technique import SCHEMES, Quantize
+from hasten.compress.quantize.zero_shot import zero_shot_inputs
 
 __all__ = [
     "ActivationQuantizer",
@@ -94,4 +95,5 @@ __all__ = [
     "load",
     "power_of_two_format",
     "save",
+    "zero_shot_inputs",
 ]
