@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,23 +109,26 @@ def test_halves_add_up_to_all_images() -> None:
     assert halves.seen == [(0.5, 1.0)]
 
 
-def test_four_bits_are_judged_by_several_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    front = front_of(Int(4), MiniFloat(2, 1), Int(8))
+def test_digits_are_judged_by_several_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of(Int(4), MiniFloat(2, 1), Int(8), MiniFloat(4, 3))
     answers = iter([0.92, 0.91])
 
     def formats(model: object, given: object, halves: minifloats.Halves, **named: object) -> SimpleNamespace:
         small = next(answers)
-        halves.seen += [(0.9, 0.9), (small, small), (1.0, 1.0)]
+        halves.seen += [(0.9, 0.9), (small, small), (1.0, 1.0), (0.98, 0.98)]
         return front
 
     monkeypatch.setattr(minifloats, "_NETWORKS", 3)
     monkeypatch.setattr(minifloats, "digits", lambda seed: (torch.zeros(2, 1), torch.zeros(2)) * 2)
     monkeypatch.setattr(minifloats.part, "network", lambda *given: nn.Identity())
     monkeypatch.setattr(minifloats, "formats", formats)
-    check = minifloats._four_bits(Scale(quick=False), "digits", 1, -6.0)
-    assert check.value == pytest.approx(-1)
-    assert check.holds is False
-    assert "-6.00, +2.00, +1.00" in check.note
+    first = halves_of((0.90, 0.90), (0.84, 0.84), (1.0, 1.0), (1.0, 1.0))
+    four, eight = minifloats._several(Scale(quick=False), "digits", 1, front, first)
+    assert four.value == pytest.approx(-1)
+    assert four.holds is False
+    assert "-6.0000, +2.0000, +1.0000" in four.note
+    assert eight.value == pytest.approx((0 + 2 + 2) / 3)
+    assert "by seed +0.0000, +2.0000" in eight.note
 
 
 def test_output_errors_are_those_of_each_layer_alone() -> None:
@@ -137,3 +141,22 @@ def test_output_errors_are_those_of_each_layer_alone() -> None:
     inside = net[1](net[0](x))
     wanted = (inside @ (Int(3, PerChannel(0)).fake(net[2].weight) - net[2].weight).T).square().sum().detach()
     assert found["2"] == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_differences_of_seeds_carry_their_error() -> None:
+    assert part.by_seed([0.1]) == "by seed +0.1000"
+    assert part.by_seed(np.array([0.1, -0.1])) == "by seed +0.1000, -0.1000 (standard error 0.1000)"
+
+
+def test_calibration_that_is_made_up_is_judged_beside_images_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + torch.rand(100, 1, 8, 8, generator=generator)
+    model = digits_cnn()
+    for _ in range(30):
+        model(x)  # the normalisations learn the range of x
+    data = (x, torch.zeros(100).long(), x, model.eval()(x).argmax(1))
+    monkeypatch.setattr(quantization_survey.part, "network", lambda *given: model)
+    images, noise = quantization_survey.without_data(Scale(quick=True), data, 1, 2)
+    assert (images.threshold, noise.threshold) == ("≥ -0.5", "≥ 0")
+    assert noise.value > 1  # points: noise about zero clips inputs about 3.5
+    assert "by seed" in images.note

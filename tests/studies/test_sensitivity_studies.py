@@ -98,11 +98,6 @@ def test_parts_of_a_network_are_rounded_one_at_a_time() -> None:
     assert "(1024 weights)" in check.note
 
 
-def test_differences_of_seeds_carry_their_error() -> None:
-    assert q_bert.by_seed([0.1]) == "by seed +0.1000"
-    assert q_bert.by_seed([0.1, -0.1]) == "by seed +0.1000, -0.1000 (standard error 0.1000)"
-
-
 def test_brightness_is_judged_by_neighbours() -> None:
     seen, kinds = simulate(150, seed=1)
     told = tiny.brightness(seen, kinds, 50)
@@ -111,3 +106,27 @@ def test_brightness_is_judged_by_neighbours() -> None:
     values = kinds[:, None] + 0.1 * np.random.default_rng(0).random((len(kinds), 1))
     few = np.bincount(kinds[50:]).min()
     assert tiny._nearest(values, kinds, 50, int(few)) == 1.0  # all neighbours are of the same kind
+
+
+def test_plans_of_wide_layers_run_in_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(shape: tuple[int, int], tokens: int, names: list[str], **knobs: object) -> dict[str, float]:
+        seconds = {"fp32": 4e-6, "bf16": 3e-6, "int8": 2e-6, "int4": 1e-6}
+        return {n: next(t for word, t in seconds.items() if n.startswith(word)) for n in names}
+
+    monkeypatch.setattr("hasten.compress.kernels.measure_kernels", measured)
+    monkeypatch.setattr("hasten.compress.quantize.layer_latency.measure_kernels", measured)
+    net = augmented.wide_net(64, 64, 3, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        y = net(x).argmax(1)  # so that the float model is right everywhere
+    case = augmented.Case("wide", net, [(x[:64], y[:64])], (x[:100], y[:100]), (x[100:], y[100:]))
+    found = {c.name: c for c in augmented.wide_latency(QUICK, case)}
+    floors, faster, saved, greedy = found.values()
+    assert floors.holds
+    assert floors.note.count("search split 1.0000 ->") == len(augmented.FLOORS)
+    assert "16 bits" in faster.note
+    assert saved.threshold == "≥ 0.2169"
+    assert isinstance(greedy.value, float)
+    model = augmented.realised(net, {"1": 16, "3": 8, "5": 8}, 64)
+    assert [getattr(model[k], "kernel_name", "kept").split("-")[0] for k in (1, 3, 5)] == ["bf16", "int8", "kept"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -114,3 +115,14 @@ def relative(a: Tensor, b: Tensor) -> float:
 def mean_of(function: Callable[[int], float], count: int) -> float:
     """Mean over seeds."""
     return float(np.mean([function(seed) for seed in range(count)]))
+
+
+def by_seed(apart: Sequence[float] | NDArray[np.float64]) -> str:
+    """Differences of every seed and the standard error of their mean, for a check's note.
+
+    >>> by_seed([0.1, -0.1])
+    'by seed +0.1000, -0.1000 (standard error 0.1000)'
+    """
+    each = ", ".join(f"{v:+.4f}" for v in apart)
+    error = f" (standard error {np.std(apart, ddof=1) / len(apart) ** 0.5:.4f})" if len(apart) > 1 else ""
+    return f"by seed {each}{error}"

@@ -31,7 +31,7 @@ from hasten.compress.values import named_value
 from hasten.frozen.runner import MODEL_FILE
 from hasten.spiking.checkpoint import trained
 from hasten.studies._bert import DigitBert, agreement, batches, classify, rows, score, train_bert
-from hasten.studies._quantization import fashion
+from hasten.studies._quantization import by_seed, fashion
 from hasten.studies._vision_models import digits
 from hasten.studies.study import Check, Scale, Study
 
@@ -259,13 +259,6 @@ def groups(scale: Scale, nets: Any, data: Data, seeds: Any, where: str = "") -> 
         )  # fmt: skip
 
 
-def by_seed(apart: Any) -> str:
-    """Differences of every seed and the standard error of their mean."""
-    each = ", ".join(f"{v:+.4f}" for v in apart)
-    spread = f" (standard error {np.std(apart, ddof=1) / len(apart) ** 0.5:.4f})" if len(apart) > 1 else ""
-    return f"by seed {each}{spread}"
-
-
 def orders(scale: Scale, nets: Any, spectra: list[Spectrum], data: Data, where: str = "") -> Iterator[Check]:
     """Equal bytes, three ways to rank matrices; no fine-tuning, so that the order is all that differs.
 
@@ -322,7 +315,7 @@ def modules(nets: Any, data: Data, pair: tuple[str, str], form: Int, where: str)
 
 def clothes(scale: Scale) -> Iterator[Check]:
     """Orders and groups again on Fashion-MNIST: the model knows few of its training images by heart, so that loss on
-    others follows the loss whose curvature was taken, and 10,000 are held out."""
+    others follows the loss whose curvature was taken, and 3,000 are held out."""
     images = fashion(scale)
     if images is None:
         yield Check.unavailable("orders on Fashion-MNIST", "vision/fashion_mnist.npz is not here", "×")
