@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hasten.compress import AdaptiveComputation, FusedNetwork, Recipe, sqnr
-from hasten.compress.fused import FusedModule
+from hasten.compress.fused import FusedModule, run
 from hasten.compress.fused.values import Buffer, Value, contiguous, merged, viewed
 from hasten.errors import ConfigurationError
 from hasten.events.t2 import T2, T2Config
@@ -51,6 +51,17 @@ class _Does(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self.linear(x))
+
+
+class _Of(nn.Module):
+    """A function of the input itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
 
 
 def _hand_written(x: Tensor) -> Tensor:
@@ -111,10 +122,24 @@ def test_an_operation_is_that_of_torch(name: str) -> None:
         (nn.Conv1d(6, 8, 1), (2, 6, 9)),
         (nn.Conv1d(6, 8, 3, stride=2, dilation=2), (2, 6, 15)),
         (nn.Conv2d(3, 8, 4, stride=4), (2, 3, 12, 8)),
+        (nn.Conv1d(6, 8, 5, padding=2), (2, 6, 9)),
+        (nn.Conv2d(3, 8, 3, padding=(2, 1), stride=2, dilation=2), (2, 3, 9, 8)),
+        (nn.Conv2d(3, 8, (3, 4), padding="same"), (2, 3, 5, 7)),
+        (nn.Sequential(nn.ConstantPad1d((4, -1), 0.5), nn.Conv1d(6, 8, 5)), (2, 6, 9)),
+        (nn.MaxPool2d(3, 2, padding=1), (2, 3, 9, 8)),
+        (nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, padding=1)), (2, 3, 9, 8)),
+        (nn.Sequential(nn.MaxPool1d(3, 1, padding=1), nn.AvgPool1d(2)), (2, 3, 9)),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5),
+            ),
+            (3, 3, 8, 8),
+        ),
         (nn.Sequential(nn.Conv2d(3, 8, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), (2, 3, 5, 7)),
         (nn.Sequential(nn.Linear(70, 130, bias=False), nn.LayerNorm(130), nn.Linear(130, 1)), (5, 70)),
     ],
-)
+)  # fmt: skip
 def test_a_layer_is_that_of_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     for module in layer.modules():
@@ -180,15 +205,92 @@ def test_several_inputs() -> None:
         torch.testing.assert_close(FusedModule(model, "fp32")(*inputs), model(*inputs))
 
 
+class _Text(nn.Module):
+    """Words and their places looked up, a layer of attention, two results by name."""
+
+    def __init__(self, words: int = 50) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, 16, padding_idx=0), nn.Embedding(9, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        hidden = self.layer(self.words(ids) + self.places(torch.arange(ids.shape[1]))).mean(1)
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+
+def test_words_that_are_looked_up() -> None:
+    torch.manual_seed(0)
+    model, ids = _Text().eval(), torch.randint(50, (5, 7))
+    ids[0, 0], ids[0, 1] = 0, 49
+    fused, before = FusedModule(model, "fp32"), torch.get_num_threads()
+    with torch.inference_mode():
+        expected = model(ids)
+        for given in (ids, ids.int(), ids.T.contiguous().T):
+            made = fused(given)
+            assert list(made) == ["logits", "hidden"]
+            for name, value in made.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(fused(ids)["logits"], made["logits"])
+        finally:
+            torch.set_num_threads(before)
+        assert fused(ids[:0])["logits"].shape == (0, 3)
+    for bad, held in ((ids + 1, 50), (-ids, -49)):
+        with pytest.raises(ConfigurationError, match=f"input 0 holds {held}; give whole numbers from 0 to 49"):
+            fused(bad)
+    new: Any = FusedNetwork("int8", only_faster=False)(model, [ids])
+    assert isinstance(new, FusedModule)
+    assert new.report.measured["sqnr"] > 20
+
+
+def test_a_look_up_costs_its_lines_once_for_all_threads_and_shapes() -> None:
+    """A table of words may be larger than all else, and an arena belongs to a thread."""
+    fused = FusedModule(_Text(5000).eval(), "fp32")
+    programs = [fused.program(torch.zeros(2, length, dtype=torch.long)) for length in (5, 7)]
+    assert all(4 * p.size < 5000 * 16 for p in programs)
+    first, second = (p.table[p.table[:, 0] == run.LOOKUP][0, 4] for p in programs)
+    assert first == second
+    assert 5000 * 16 * 4 < fused.packed_bytes < 5000 * 16 * 4 + 60_000
+
+
+def test_whole_numbers_on_their_way() -> None:
+    """Cut, turned, with others beside them, and as numbers."""
+
+    class Ways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.linear = nn.Embedding(12, 4), nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, ids: Tensor, x: Tensor) -> tuple[Any, ...]:
+            turned = self.first(ids[:, ::2].transpose(1, 2).flatten(1)) + x
+            return turned, (self.second(ids[:, 1, 0]), ids.float() / 3), [self.linear(x)]
+
+    torch.manual_seed(0)
+    model, inputs = Ways().eval(), (torch.randint(9, (3, 4, 3)), torch.rand(3, 6, 4))
+    fused = FusedModule(model, "fp32")
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(*inputs), model(*inputs))
+    with pytest.raises(ConfigurationError, match="input 0 holds 9; give whole numbers from 0 to 8"):
+        fused(torch.full_like(inputs[0], 9), inputs[1])  # in the first table, and not in the second
+
+
 @pytest.mark.parametrize(
     ("model", "example", "why"),
     [
-        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.rand(1, 3, 8, 8), "a convolution with a border"),
+        (nn.Conv2d(4, 4, 3, groups=2), torch.rand(1, 4, 8, 8), "a convolution in 2 groups"),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.rand(1, 3, 8, 8), "a border that is reflect"),
+        (nn.AvgPool1d(3, padding=1, count_include_pad=False), torch.rand(1, 3, 8), "a mean that counts by the place"),
         (nn.Sequential(nn.Linear(4, 4), nn.LogSigmoid()), torch.rand(1, 4), "log_sigmoid"),
-        (nn.Embedding(10, 4), torch.tensor([[1, 2]]), "not all tensors of float32"),
+        (_Of(lambda x: x + 1), torch.tensor([[1, 2]]), "add gives torch.int64"),
+        (_Of(lambda x: (x * 0.5, x)), torch.tensor([[1, 2]]), "a result (x) is no tensor of float32 made of the"),
+        (_Of(lambda x: x * 2), torch.rand(1, 2) > 0.5, "not all tensors of float32 or whole numbers"),
+        (_Of(lambda x: x * 2), torch.rand(1, 2).double(), "not all tensors of float32"),
+        (_Of(lambda x: (x * 2, torch.ones(1, 2))), torch.rand(1, 2), "(ones) depends on no input"),
         (_Does(lambda x: x - x.mean(0), 4), torch.rand(4, 4), "may depend on each other"),
         (_Does(lambda x: x.argmax(-1), 4), torch.rand(2, 4), "argmax"),
-        (_Does(lambda x: (x, x), 4), torch.rand(2, 4), "more than one tensor"),  # type: ignore[arg-type,return-value]
+        (_Does(lambda x: (x, None), 4), torch.rand(2, 4), "a result (None) is no tensor"),  # type: ignore[arg-type,return-value]
     ],
 )
 def test_what_cannot_be_lowered_is_named_and_kept(model: nn.Module, example: Tensor, why: str) -> None:
@@ -236,6 +338,8 @@ def test_bad_knobs_and_inputs() -> None:
         fused(torch.tensor(1.0))
     with pytest.raises(ConfigurationError, match="cannot be run in one call"):
         fused(torch.rand(1, 5))
+    with pytest.raises(ConfigurationError, match=r"an input is torch.float64 on cpu, and .* takes float32"):
+        fused(torch.rand(1, 4).double())
 
 
 def test_it_follows_low_rank_factors() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hasten.compress.fused import lines, run
 from hasten.compress.fused.graph import RULES, Arguments, Lowering, Rule, operator_name, repeated, rule
-from hasten.compress.fused.values import Operation, Unsupported, Value, contiguous, viewed
+from hasten.compress.fused.values import Operation, Unsupported, Value, viewed
 
 __all__: list[str] = []
 
@@ -215,35 +215,6 @@ def _adaptive(to: Lowering, node: Any, given: Arguments) -> Any:
         )
     )  # fmt: skip
     return to.reshaped(result, given.shape)
-
-
-@rule("conv1d", "conv2d")
-def _convolution(to: Lowering, node: Any, given: Arguments) -> Any:
-    """Windows of the image as rows (a view, where nothing is added around it), then a product."""
-    weight, name = given.tensor("weight")
-    axes = weight.dim() - 2
-    if given["groups"] != 1:
-        raise Unsupported(f"{node.name}: a convolution in {given['groups']} groups has no operation in a fused network")
-    x = given.value("input")
-    stride, padding, dilation = (_each(given[n], axes) for n in ("stride", "padding", "dilation"))
-    if any(padding):
-        raise Unsupported(f"{node.name}: a convolution with a border has no operation in a fused network")
-    sizes, sides = given.shape[2:], weight.shape[2:]
-    places = tuple(s * n for s, n in zip(x.strides[2:], stride, strict=True))
-    inside = tuple(s * n for s, n in zip(x.strides[2:], dilation, strict=True))
-    windows = Value(x.buffer, (*sizes, x.shape[1], *sides), (*places, x.strides[1], *inside), x.start)
-    ins = weight[0].numel()
-    rows = to.reshaped(windows, (math.prod(sizes), ins))
-    made = to.product(rows, weight.reshape(len(weight), ins), name, given.optional("bias"))
-    steps = contiguous((*sizes, len(weight)))
-    return Value(made.buffer, (1, len(weight), *sizes), (0, 1, *steps[:-1]), made.start)
-
-
-def _each(value: Any, count: int) -> list[int]:
-    if isinstance(value, str):
-        raise Unsupported(f"padding {value!r} of a convolution has no operation in a fused network")
-    listed = [value] if isinstance(value, int) else list(value)
-    return listed * count if len(listed) == 1 else listed
 
 
 @rule("scaled_dot_product_attention")

@@ -23,6 +23,11 @@ _NOTHING = ("dropout", "contiguous", "clone", "detach", "alias", "lift_fresh_cop
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "ge", "le")
 _MOST = 5
 """Dimensions of a loop."""
+_EXACT = 2**24
+"""Whole numbers up to here are float32."""
+TURNS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
+         "select", "slice", "expand", "to", "_to_copy")  # fmt: skip
+"""Operators that whole numbers may pass on their way to a look-up."""
 
 
 @dataclass
@@ -32,8 +37,12 @@ class Lowered:
     operations: list[Operation] = field(default_factory=list)
     inputs: list[Value] = field(default_factory=list)
     result: Value | None = None
-    shape: tuple[int, ...] = ()
-    """of the result of one sample, without the batch"""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """of the results of one sample, without the batch; they lie one behind the other in ``result``"""
+    spec: Any = None
+    """how the results are handed back, where that is not a single tensor"""
+    limits: list[tuple[int, int] | None] = field(default_factory=list)
+    """for each input: None for float32, or the least and largest whole number that may be in it"""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """matrices (out, in) of the products, by name"""
 
@@ -42,6 +51,7 @@ class Lowering:
     """Operations in the making, and what every node is so far."""
 
     def __init__(self, exported: Any) -> None:
+        self.exported = exported
         self.nodes = list(exported.graph.nodes)
         signature = exported.graph_signature
         stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -50,6 +60,7 @@ class Lowering:
         self.known: dict[Any, Any] = {}  # node -> its value where the input does not matter
         self.values: dict[Any, Any] = {}  # node -> Value or list of them
         self.constants: dict[int, Value] = {}
+        self.whole: dict[Buffer, int] = {}  # buffers of whole numbers -> the input that they come from
         self.made = Lowered()
         self._alive: list[Tensor] = []  # so that identities stay those of one tensor
         for node in self.nodes:
@@ -67,6 +78,11 @@ class Lowering:
             if node.op == "placeholder":
                 shape = tuple(node.meta["val"].shape)
                 self.values[node] = value = self.new(shape)
+                if node.meta["val"].is_floating_point():
+                    self.made.limits.append(None)
+                else:
+                    self.whole[value.buffer] = len(self.made.inputs)
+                    self.made.limits.append((-_EXACT, _EXACT))
                 self.made.inputs.append(value)
             elif node.op == "output":
                 self._output(node.args[0])
@@ -75,13 +91,33 @@ class Lowering:
         return self.made
 
     def _output(self, leaves: Any) -> None:
-        found = [self.values[n] if n in self.values else self.known.get(n) for n in leaves]
-        if len(found) != 1 or not isinstance(found[0], Value):
-            raise Unsupported("the model returns more than one tensor")
-        shape = tuple(leaves[0].meta["val"].shape)
-        if not shape or shape[0] != 1:
-            raise Unsupported(f"the result of one sample has shape {shape}, which does not begin with its batch")
-        self.made.result, self.made.shape = self.in_order(found[0]), shape[1:]
+        kinds = [str(o.kind).rpartition(".")[2] for o in self.exported.graph_signature.output_specs]
+        if any(kind != "USER_OUTPUT" for kind in kinds):
+            raise Unsupported("the model changes its own buffers while it runs")
+        found = [self.values.get(n) if isinstance(n, torch.fx.Node) else None for n in leaves]
+        results: list[Value] = []
+        for node, value in zip(leaves, found, strict=True):
+            if not isinstance(value, Value) or value.buffer in self.whole:
+                what = "depends on no input" if node in self.known else "is no tensor of float32 made of the input"
+                raise Unsupported(f"a result ({node}) {what}")
+            shape = tuple(node.meta["val"].shape)
+            if not shape or shape[0] != 1:
+                raise Unsupported(f"the result of one sample has shape {shape}, which does not begin with its batch")
+            results.append(value)
+            self.made.shapes.append(shape[1:])
+        if not results:
+            raise Unsupported("the model returns nothing")
+        spec = self.exported.call_spec.out_spec
+        self.made.spec = None if spec.is_leaf() else spec
+        self.made.result = self.in_order(results[0]) if len(results) == 1 else self._joined(results)
+
+    def _joined(self, results: list[Value]) -> Value:
+        """All results one behind the other."""
+        whole, at = self.new((sum(r.size for r in results),)), 0
+        for value in results:
+            self.copy(value, Value(whole.buffer, value.shape, contiguous(value.shape), at))
+            at += value.size
+        return whole
 
     def _call(self, node: Any) -> None:
         name = operator_name(node.target)
@@ -97,9 +133,14 @@ class Lowering:
         if name not in RULES:
             raise Unsupported(f"{node.name}: {name} has no operation in a fused network")
         made = node.meta.get("val")
-        if isinstance(made, Tensor) and made.dtype is not torch.float32:
+        first = self.values.get(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        source = first.buffer if isinstance(first, Value) else None
+        float32 = not isinstance(made, Tensor) or made.dtype is torch.float32
+        if not float32 and not (name in TURNS and source in self.whole and made.dtype in (torch.int64, torch.int32)):
             raise Unsupported(f"{node.name}: {name} gives {made.dtype}; a fused network computes in float32")
-        self.values[node] = RULES[name](self, node, Arguments(self, node))
+        self.values[node] = found = RULES[name](self, node, Arguments(self, node))
+        if not float32 and isinstance(found, Value) and source is not None:
+            self.whole.setdefault(found.buffer, self.whole[source])  # of a copy, too, it is known where it comes from
 
     # --- values ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.export.reasons import first_line, trace
-from hasten.compress.fused import arithmetic, views  # noqa: F401 (they register their rules)
+from hasten.compress.fused import arithmetic, images, views  # noqa: F401 (they register their rules)
 from hasten.compress.fused.graph import Lowered, Lowering
 from hasten.compress.fused.values import Unsupported
 from hasten.compress.technique import exportable
@@ -25,8 +25,8 @@ def lower(model: nn.Module, example: tuple[Tensor, ...]) -> Lowered:
     Raises :class:`~hasten.compress.fused.values.Unsupported`.
     """
     for given in example:
-        if not given.is_floating_point():
-            raise Unsupported(f"an input is {given.dtype}; only numbers that are float32 go in")
+        if not given.is_floating_point() and given.dtype not in (torch.int64, torch.int32):
+            raise Unsupported(f"an input is {given.dtype}; float32 and whole numbers (int64, int32) go in")
     try:
         exported = trace(exportable(model, "in_one_call").eval(), example)
     except Exception as error:  # torch raises many kinds here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from hasten.compress.fused.lowering import lower
+from hasten.compress.fused.lowering import Lowered, lower
 from hasten.compress.fused.program import Matrices, Program
 from hasten.compress.fused.run import run_samples
 from hasten.compress.fused.values import Unsupported
@@ -19,8 +21,10 @@ from hasten.compress.replace import told_of
 from hasten.errors import ConfigurationError
 from hasten.nn.product.instructions import has_bfloat16, has_bytes
 
-__all__ = ["FusedModule", "cannot_run"]
+__all__ = ["INPUTS", "FusedModule", "cannot_run"]
 
+INPUTS = (torch.float32, torch.int64, torch.int32)
+"""What goes in: numbers, and whole numbers that are looked up."""
 _SHAPES = 8
 """Programs that are kept at a time."""
 
@@ -54,20 +58,29 @@ class FusedModule(nn.Module):
     def packed_bytes(self) -> int:
         """Bytes of weights and other constants."""
         constants = max((p.constant_bytes for p, _, _ in self._programs.values()), default=0)
-        return constants + sum(self.matrices.bytes_of(n) for n in self.matrices.names)
+        return constants + self.matrices.bytes
 
     def program(self, *inputs: Tensor) -> Program:
         """The program for samples of these shapes."""
         return self._ready(inputs, 1)[0]
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Each input (batch, …) float32 -> what the model gives, float32."""
-        if not inputs or any(x.dim() == 0 or len(x) != len(inputs[0]) for x in inputs):
+    def forward(self, *inputs: Tensor) -> Any:
+        """Each input (batch, …) float32, or whole numbers that the model looks up -> what the model gives."""
+        if not inputs or any(not isinstance(x, Tensor) or x.dim() == 0 or len(x) != len(inputs[0]) for x in inputs):
             raise ConfigurationError("a fused network takes tensors that begin with one batch; give (batch, …)")
+        strange = next((x for x in inputs if x.dtype not in INPUTS or x.device.type != "cpu"), None)
+        if strange is not None:
+            raise ConfigurationError(
+                f"an input is {strange.dtype} on {strange.device}, and a fused network takes float32, int64 or int32 "
+                "on the CPU; convert it, or call the model itself"
+            )
         batch = len(inputs[0])
         threads = max(1, min(batch, torch.get_num_threads()))
         program, arenas, rooms = self._ready(inputs, threads)
-        flat = [np.ascontiguousarray(x.detach().numpy(), np.float32).reshape(batch, -1) for x in inputs]
+        flat = [
+            np.ascontiguousarray(_checked(x, limits, number), np.float32).reshape(batch, math.prod(x.shape[1:]))
+            for number, (x, limits) in enumerate(zip(inputs, program.lowered.limits, strict=True))
+        ]
         samples = flat[0] if len(flat) == 1 else np.concatenate(flat, 1)
         outs = np.empty((batch, program.outs), np.float32)
         if threads == 1:
@@ -83,17 +96,17 @@ class FusedModule(nn.Module):
             _run(program, samples[parts[0]], outs[parts[0]], arenas[0], rooms[0])
             for job in rest:
                 job.result()
-        return torch.from_numpy(outs).view(batch, *program.lowered.shape)
+        return _handed_back(torch.from_numpy(outs), program.lowered)
 
     def _ready(self, inputs: tuple[Tensor, ...], threads: int) -> tuple[Program, list[Any], list[Any]]:
         """The program, an arena and a room for each thread, and the threads beside the caller's."""
-        key = tuple(x.shape[1:] for x in inputs)
+        key = tuple((x.shape[1:], x.dtype) for x in inputs)
         found = self._programs.get(key)
         if found is None:
             try:
-                lowered = lower(self._plain[0], tuple(x[:1].detach().float() for x in inputs))
+                lowered = lower(self._plain[0], tuple(_one(x) for x in inputs))
             except Unsupported as reason:
-                shapes = ", ".join(str(tuple(k)) for k in key)
+                shapes = ", ".join(str(tuple(shape)) for shape, _ in key)
                 raise ConfigurationError(
                     f"samples of shape {shapes} cannot be run in one call: {reason}; call the model itself with them"
                 ) from reason
@@ -159,6 +172,36 @@ class FusedModule(nn.Module):
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         return f"{self.precision}, {len(self.matrices.names)} matrices, {len(self._programs)} shapes"
+
+
+def _one(x: Tensor) -> Tensor:
+    """A sample like those of ``x``, of which there may be none."""
+    return x[:1].detach() if len(x) else torch.zeros((1, *x.shape[1:]), dtype=x.dtype)
+
+
+def _checked(x: Tensor, limits: tuple[int, int] | None, number: int) -> Any:
+    """The input as an array, if it may be looked up."""
+    array = x.detach().numpy()
+    if limits is not None and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < limits[0] or high > limits[1]:
+            raise ConfigurationError(
+                f"input {number} holds {low if low < limits[0] else high}; give whole numbers from {limits[0]} to "
+                f"{limits[1]}, which are those that the model can look up"
+            )
+    return array
+
+
+def _handed_back(outs: Tensor, lowered: Lowered) -> Any:
+    """outs (batch, numbers) as the model gives its results."""
+    batch, results, at = len(outs), [], 0
+    if lowered.spec is None:
+        return outs.view(batch, *lowered.shapes[0])
+    for shape in lowered.shapes:
+        size = math.prod(shape)
+        results.append(outs[:, at : at + size].reshape(batch, *shape))
+        at += size
+    return pytree.tree_unflatten(results, lowered.spec)
 
 
 def _run(program: Program, samples: Any, outs: Any, arena: Any, room: Any) -> None:

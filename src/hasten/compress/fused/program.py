@@ -34,6 +34,7 @@ class Matrices:
     def __init__(self, precision: str) -> None:
         self.precision = precision
         self._held: dict[str, tuple[Any, int, int, str]] = {}
+        self._lines: dict[str, Any] = {}
 
     def packed(self, name: str, weight: Tensor, exact: bool = False) -> tuple[Any, int, int, str]:
         """What the kernel reads, outputs, inputs, and the precision (bfloat16 takes an even number of inputs);
@@ -49,6 +50,17 @@ class Matrices:
                 made = int8.pack(plain) if precision == "int8" else float32.pack(plain)
             self._held[name] = (made, outs, ins, precision)
         return self._held[name]
+
+    def lines(self, name: str, weight: Tensor) -> Any:
+        """What look-ups read, (entries, width) float32; one for all threads, beside their arenas."""
+        if name not in self._lines:
+            self._lines[name] = np.ascontiguousarray(weight.float().numpy())
+        return self._lines[name]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all matrices and of what is looked up."""
+        return sum(self.bytes_of(n) for n in self._held) + sum(int(a.nbytes) for a in self._lines.values())
 
     def unpacked(self, name: str) -> Any:
         """The weight (out, in) float32 that the products use."""
@@ -163,6 +175,8 @@ class Program:
             needed = room_for(sizes[2], sizes[3], sizes[4])
         elif operation.kind == run.MATMUL:
             needed = sizes[3] * sizes[4]
+        elif operation.kind == run.LOOKUP:
+            needed = 0
         elif operation.kind == run.ADAPTIVE:
             rows, width, count, size, gate = sizes
             self.most_rows = max(self.most_rows, min(rows, TOKENS))
@@ -182,6 +196,8 @@ class Program:
         if operation.kind == run.PRODUCT:
             row[3] = len(rows)
             rows.append(self._matrix(matrices, operation.matrix, lowered.weights[operation.matrix], operation.bias))
+        elif operation.kind == run.LOOKUP:
+            row[4] = matrices.lines(operation.matrix, lowered.weights[operation.matrix]).ctypes.data
         elif operation.kind == run.ADAPTIVE:
             row[3] = len(rows)
             rows += [

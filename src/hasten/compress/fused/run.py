@@ -25,6 +25,7 @@ __all__ = [
     "ATTENTION",
     "BINARY",
     "COLUMNS",
+    "LOOKUP",
     "MATMUL",
     "NORM",
     "PRODUCT",
@@ -34,10 +35,10 @@ __all__ = [
     "run_samples",
 ]
 
-UNARY, BINARY, PRODUCT, NORM, REDUCE, SOFTMAX, ATTENTION, MATMUL, ADAPTIVE = range(9)
+UNARY, BINARY, PRODUCT, NORM, REDUCE, SOFTMAX, ATTENTION, MATMUL, ADAPTIVE, LOOKUP = range(10)
 COLUMNS = 48
-"""0 kind, 1 code, 2 flag, 3 matrix, 4 bias (a start, or -1), 5 to 9 sizes, then for the result and up to four sources
-the start and five strides: 10, 16, 22, 28, 34; 40 the sixth size of an attention."""
+"""0 kind, 1 code, 2 flag, 3 matrix, 4 the address of a look-up's lines, 5 to 9 sizes, then for the result and up to
+four sources the start and five strides: 10, 16, 22, 28, 34; 40 the sixth size of an attention."""
 _FEW = 64
 """Numbers of a line below which they are taken one by one."""
 _SIZES, _OUT, _A, _B, _C, _D, _SHARED = 5, 10, 16, 22, 28, 34, 40
@@ -159,6 +160,16 @@ def _matmul(op: Any, arena: Any, room: Any) -> None:
                         out[n] += factor * line[n]
 
 
+@njit(cache=True, error_model="numpy")
+def _lookup(op: Any, arena: Any) -> None:
+    """Lines (entries, width) by whole numbers, which were checked before; others read an entry that is there."""
+    count, width, entries = op[_SIZES], op[_SIZES + 1], op[_SIZES + 2]
+    lines = dispatch.array_at(op[4], entries * width)
+    for i in range(count):
+        at = min(max(np.int64(arena[op[_A] + i]), np.int64(0)), entries - 1) * width
+        arena[op[_OUT] + i * width : op[_OUT] + (i + 1) * width] = lines[at : at + width]
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def run_samples(
     samples: Any, places: Any, table: Any, numbers: Any, arena: Any, matrices: Any, result: Any, outs: Any, rows: int,
@@ -196,6 +207,8 @@ def run_samples(
                 )  # fmt: skip
             elif kind == MATMUL:
                 _matmul(op, arena, room)
+            elif kind == LOOKUP:
+                _lookup(op, arena)
             elif kind == ADAPTIVE:
                 _adaptive(op, arena, matrices, words, forms, room)
             else:

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hasten.clock import Clock
 from hasten.compress.acm.module import AdaptiveComputation
-from hasten.compress.fused.network import FusedModule, cannot_run
+from hasten.compress.fused.network import INPUTS, FusedModule, cannot_run
 from hasten.compress.given import finite_parameters
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
@@ -94,16 +95,16 @@ class FusedNetwork:
             small.report = TechniqueReport(self.name, rows, ("lowered when it is first called",))  # type: ignore[assignment]
             return small
         example = calibration[0] if isinstance(calibration[0], tuple) else (calibration[0],)
-        if not all(isinstance(x, Tensor) and x.is_floating_point() for x in example):
-            return self._kept(copied, layers, "its inputs are not all tensors of float32")
+        if not all(isinstance(x, Tensor) and x.dtype in INPUTS for x in example):
+            return self._kept(copied, layers, "its inputs are not all tensors of float32 or whole numbers")
         modes = [(m, m.training) for m in copied.modules()]
         plain = copied.eval()
         try:
             with torch.inference_mode():
-                expected, found = plain(*example), small(*example)
-                if not isinstance(expected, Tensor) or expected.shape != found.shape:
+                (expected, spec), (found, own) = (pytree.tree_flatten(m(*example)) for m in (plain, small))
+                if spec != own or any(a.shape != b.shape for a, b in zip(expected, found, strict=True)):
                     return self._kept(copied, layers, "its result does not begin with the batch of its input")
-                quality = sqnr(expected, found)
+                quality = min(sqnr(a, b) for a, b in zip(expected, found, strict=True))
                 if not quality >= _LEAST[self.precision]:
                     return self._kept(
                         copied, layers,

@@ -63,7 +63,7 @@ class Operation:
     number: float = 0.0
     flag: int = 0
     matrix: str = ""
-    """name of the weight of a product"""
+    """name of the weight of a product or a look-up"""
     bias: Value | None = None
     extra: tuple[Value, ...] = field(default=())
     """values that are read beside the sources"""
