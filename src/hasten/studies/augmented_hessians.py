@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.compress.precision import WeightPrecision
+from hasten.compress.quantize.allocate import Latency
 from hasten.compress.quantize.augmented import AugmentedHessian, UnitScores
 from hasten.compress.quantize.bisect import BisectPrecision
 from hasten.compress.quantize.granularity import PerChannel
@@ -311,8 +312,11 @@ def search(scale: Scale, made: list[Case], scored: list[UnitScores]) -> Iterator
     yield from exact_program(scale, made, scored)
 
 
-def greedy(case: Case, scores: UnitScores, floor: float) -> tuple[dict[str, int], int]:
-    """Unit after unit in order of score, kept where the floor holds: layer -> width (0 float), and evaluations."""
+def greedy(
+    case: Case, scores: UnitScores, floor: float, table: Latency | None = None
+) -> tuple[dict[str, int], int]:  # fmt: skip
+    """Unit after unit in order of score, kept where the floor holds: layer -> width (0 float), and evaluations. With a
+    ``table`` units that gain no time at a width are left out, as in the search."""
     sim = scores.simulated
     assert sim is not None
     widths = {p: 0 for unit in scores.units for p in unit}
@@ -322,11 +326,18 @@ def greedy(case: Case, scores: UnitScores, floor: float) -> tuple[dict[str, int]
             paths = scores.units[unit]
             if bits == 4 and any(widths[p] == 0 for p in paths):
                 continue
+            if table is not None and not _gains(table, paths, widths, bits):
+                continue
             tried = {**widths, **dict.fromkeys(paths, bits)}
             taken += 1
             if right(sim.use(tried), case.search) >= bound:
                 widths = tried
     return widths, taken
+
+
+def _gains(table: Latency, paths: tuple[str, ...], widths: dict[str, int], bits: int) -> bool:
+    """Whether the unit is 2 % faster at ``bits``, by the table."""
+    return sum(table(p, widths[p] or 16) for p in paths) >= 1.02 * sum(table(p, bits) for p in paths)
 
 
 def exact_program(scale: Scale, made: list[Case], scored: list[UnitScores]) -> Iterator[Check]:
@@ -445,7 +456,7 @@ def wide_latency(scale: Scale, case: Case, rows: int = 64) -> Iterator[Check]:
             f"{found.baseline:.4f} -> {accurate:.4f}, held out {right(case.model, case.held):.4f} -> "
             f"{right(model, case.held):.4f}"
         )
-        walked, taken = greedy(case, scores, floor)
+        walked, taken = greedy(case, scores, floor, table)
         spent = sum(table(p, w or 16) for p, w in walked.items())
         gaps.append(1 - spent / sum(table(p, w) for p, w in found.widths.items()))
         notes[-1] += f"; greedy {taken} tries, {gaps[-1]:+.1%} time"
