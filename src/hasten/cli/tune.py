@@ -69,6 +69,10 @@ def tune(
         Path | None,
         typer.Option("--save", help="For a module: folder for recipe, figures and page; hasten.tune.load reads it."),
     ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option("--formats", help="For a module: number formats of these widths (3..8), for an FPGA's LUTs."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Search over recipes (--budget) or serving knobs (--slo); every number that counts is measured."""
@@ -84,6 +88,21 @@ def tune(
 
     console = Console(stderr=json)
     limit = parse_quantity(time_limit, "time")
+    if formats is not None:
+        from hasten.cli.formats import show_formats, widths_of
+
+        widths = widths_of(formats)
+        if budget is not None or slo is not None or device not in ("cpu", "fpga"):
+            raise ConfigurationError("--formats compares number formats for an FPGA; leave out --budget, --slo, a GPU")
+        if report is not None:
+            check_place(report, folder=False)
+        module, example = build(model), examples(input_shape, input_dtype, "cpu")
+        module = taken(model, module, example)
+        learned, judged = (None if f is None else calibration_inputs(f, example) for f in (calibration, data))
+        show_formats(
+            console, module, example, widths, calibration=learned, data=judged, report=report, json=json
+        )  # fmt: skip
+        return
     if (budget is None) == (slo is None):
         raise ConfigurationError("say what to meet: --budget for a module, or --slo for a served language model")
     if slo is not None and device != "cpu":
