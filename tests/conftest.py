@@ -1,5 +1,6 @@
 """Makes ``documents`` importable, and holds what the tests that run documents share."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ sys.path.append(str(Path(__file__).parent))
 
 if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels run under its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What imports made stays: collections during tests look at what tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from hasten.cli.main import run
+
 HASTEN = [sys.executable, "-c", "from hasten.cli.main import run; run()"]
 
 
@@ -42,12 +44,23 @@ def test_version():
         (("tune", "pycode-4m", "--slo", "speed<1"), "not an objective"),
     ],
 )
-def test_mistakes_get_one_line(arguments, says, tmp_path):
-    out = subprocess.run([*HASTEN, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert out.returncode == 2
-    assert says in out.stderr
-    assert out.stderr.strip().count("\n") == 0
+def test_mistakes_get_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hasten", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run()
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert says in err
+    assert err.strip().count("\n") == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_process_with_its_line(tmp_path):
+    out = subprocess.run([*HASTEN, "infill", "nowhere"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert out.returncode == 2
+    assert "write FILE:LINE" in out.stderr
+    assert out.stderr.strip().count("\n") == 0
 
 
 @pytest.mark.slow

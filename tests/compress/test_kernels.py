@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ NAMES = [k.name for k in kernels.available()]
 
 
 @pytest.fixture(autouse=True)
-def _fresh_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
     kernels._LOADED_FROM.clear()
     monkeypatch.setattr(kernels, "busy", lambda: False)
 

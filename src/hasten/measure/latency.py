@@ -142,9 +142,13 @@ class Comparison:
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """No garbage collection while the clock runs; left as it was found."""
+    """No garbage collection while the clock runs; left as it was found.
+
+    What was made lately is collected before. A whole collection walks all that the program holds, a quarter of a second
+    with torch and numba loaded, and a search would have one for each comparison.
+    """
     was_on = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield
