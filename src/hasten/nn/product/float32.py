@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from hasten.nn.product import instructions as avx
-from hasten.nn.product.blocks import LINE, PANEL, TILES, accumulate, aligned, asks, in_blocks, scaled
+from hasten.nn.product.blocks import LINE, PANEL, ROWS, TILES, accumulate, aligned, asks, in_blocks, scaled
+from hasten.nn.product.instructions import LANES
 
 __all__ = ["multiply_rows", "pack", "unpack"]
 
@@ -67,6 +68,19 @@ def _written(builder: Any, totals: list[Any], sums: Any, row: Any, tiles: int) -
         avx.store(builder, builder.load(total), target, at * LINE)
 
 
+def _summed(builder: Any, lines: list[Any], weights: Any, inputs: Any, totals: list[Any], tiles: int, ask: Any) -> None:
+    """Add to ``totals`` (row by row, ``tiles`` for each) over all inputs; ``ask`` asks for later weights."""
+    with cgutils.for_range(builder, inputs) as loop:
+        at = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
+        if ask is not None:
+            ask(loop.index)
+        some = [avx.load(builder, at, t * LINE, avx.INTS, LINE) for t in range(tiles)]
+        for r, line in enumerate(lines):
+            word = avx.broadcast(builder, line, scaled(builder, loop.index, 4))
+            for total, weight in zip(totals[r * tiles : (r + 1) * tiles], some, strict=True):
+                builder.store(_dot(builder, builder.load(total), weight, word), total)
+
+
 def _narrow(tiles: int) -> Any:
     """:func:`_panel` for one whose first ``tiles`` registers alone hold outputs."""
 
@@ -77,13 +91,7 @@ def _narrow(tiles: int) -> Any:
 
             def emit(rows: int, row: Any) -> None:
                 lines, totals = _begun(builder, x, x_stride, row, rows, tiles)
-                with cgutils.for_range(builder, inputs) as loop:
-                    at = builder.add(weights, scaled(builder, loop.index, TILES * LINE))
-                    some = [avx.load(builder, at, t * LINE, avx.INTS, LINE) for t in range(tiles)]
-                    for r, line in enumerate(lines):
-                        word = avx.broadcast(builder, line, scaled(builder, loop.index, 4))
-                        for total, weight in zip(totals[r * tiles : (r + 1) * tiles], some, strict=True):
-                            builder.store(_dot(builder, builder.load(total), weight, word), total)
+                _summed(builder, lines, weights, inputs, totals, tiles, None)
                 _written(builder, totals, sums, row, tiles)
 
             in_blocks(builder, count, emit, _NARROW_ROWS)
@@ -97,6 +105,45 @@ def _narrow(tiles: int) -> Any:
 _one, _two = _narrow(1), _narrow(2)
 
 
+def _whole(tiles: int) -> Any:
+    """A panel of ``16 tiles`` outputs, written with their bias where they belong: out at address ``out``, ``stride``
+    bytes between its rows; ``bias``: address, or 0."""
+    most = ROWS if tiles > 2 else _NARROW_ROWS
+
+    @intrinsic
+    def panel(
+        typing: Any, x: Any, x_stride: Any, weights: Any, inputs: Any, bias: Any, out: Any, stride: Any, count: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_stride, weights, inputs, bias, out, stride, count = arguments
+            ask = asks(builder, weights, _AHEAD) if tiles == TILES else None
+            shifted = builder.icmp_unsigned("!=", bias, bias.type(0))
+
+            def emit(rows: int, row: Any) -> None:
+                lines, totals = _begun(builder, x, x_stride, row, rows, tiles)
+                _summed(builder, lines, weights, inputs, totals, tiles, ask)
+                with builder.if_then(shifted):
+                    for t in range(tiles):
+                        line = avx.load(builder, bias, t * LINE, avx.FLOATS)
+                        for total in totals[t::tiles]:
+                            builder.store(builder.fadd(builder.load(total), line), total)
+                target = builder.add(out, builder.mul(row, stride))
+                for r in range(rows):
+                    place = builder.add(target, scaled(builder, stride, r))
+                    for t, total in enumerate(totals[r * tiles : (r + 1) * tiles]):
+                        avx.store(builder, builder.load(total), place, t * LINE)
+
+            in_blocks(builder, count, emit, most)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), generate
+
+    return panel
+
+
+_whole_1, _whole_2, _whole_3, _whole_4 = (_whole(tiles) for tiles in range(1, 5))
+
+
 @njit(cache=True, error_model="numpy")
 def multiply_rows(x: Any, stride: Any, rows: Any, inputs: Any, weights: Any, bias: Any, sums: Any, out: Any) -> None:
     """``out = x @ W.T + bias`` by the calling thread.
@@ -108,6 +155,18 @@ def multiply_rows(x: Any, stride: Any, rows: Any, inputs: Any, weights: Any, bia
     for panel in range((width + PANEL - 1) // PANEL):
         here = weights + panel * inputs * PANEL * 4
         low, high = panel * PANEL, min(panel * PANEL + PANEL, width)
+        tiles, rest = divmod(high - low, LANES)
+        if rest == 0:
+            at, to = bias.ctypes.data + low * 4 if len(bias) > 0 else 0, out.ctypes.data + low * 4
+            if tiles == 4:
+                _whole_4(x, stride, here, inputs, at, to, width * 4, rows)
+            elif tiles == 3:
+                _whole_3(x, stride, here, inputs, at, to, width * 4, rows)
+            elif tiles == 2:
+                _whole_2(x, stride, here, inputs, at, to, width * 4, rows)
+            else:
+                _whole_1(x, stride, here, inputs, at, to, width * 4, rows)
+            continue
         if high - low > PANEL // 2:
             _panel(x, stride, here, inputs, sums.ctypes.data, rows)
         elif high - low > PANEL // 4:
