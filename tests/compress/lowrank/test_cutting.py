@@ -6,7 +6,7 @@ from torch import nn
 
 from hasten.compress.lowrank.cutting import batch_loss, cut_to, recalibrate, share_of, uses_of
 from hasten.compress.lowrank.maestro import Maestro
-from hasten.compress.lowrank.ordered import OrderedConv2d, OrderedLinear, ordered_layers
+from hasten.compress.lowrank.ordered import OrderedConv2d, OrderedLinear, RankSampler, ordered_layers, prefixes_of
 from hasten.errors import ConfigurationError
 
 torch.set_num_threads(1)
@@ -63,3 +63,55 @@ def test_ranks_fall_to_a_share_and_train_on():
         Maestro(share=2)
     with pytest.raises(ConfigurationError, match="settle 1"):
         Maestro(share=0.5, settle=1)
+
+
+def test_prefixes_hold_most_of_the_energy_for_their_price():
+    """By trying every pair of prefixes of two layers, one of which is used four times as often."""
+    torch.manual_seed(0)
+    layers = {"a": OrderedLinear.of(nn.Linear(12, 8)), "b": OrderedLinear.of(nn.Linear(6, 8))}
+    uses, share = {"a": 1, "b": 4}, 0.6
+    energies = {n: (m.left.square().sum(0) * m.right.square().sum(0)).detach() for n, m in layers.items()}
+    full = sum(uses[n] * m.dense_size for n, m in layers.items())
+
+    def held(prefixes):
+        spent = sum(uses[n] * prefixes[n] * m.macs_of_rank for n, m in layers.items())
+        kept = sum(float(e[: prefixes[n]].sum() / e.sum()) for n, e in energies.items())
+        return kept if spent <= share * full else -1.0
+
+    found = prefixes_of(layers, uses, share)
+    best = max(held({"a": a, "b": b}) for a in range(1, 9) for b in range(1, 7))
+    assert 0 <= held(found) >= best - max(float(e.max() / e.sum()) for e in energies.values())
+    layers["a"].rank = 2
+    assert prefixes_of(layers, uses, 1.0)["a"] == 2
+
+
+def test_a_drawn_size_cuts_all_layers_and_is_taken_back():
+    torch.manual_seed(0)
+    layers = {n: OrderedLinear.of(nn.Linear(16, 16)) for n in "abc"}
+    uses, sampler, seen = dict.fromkeys(layers, 1), RankSampler(0), []
+    for _ in range(200):
+        with sampler.sized(layers, uses, 0.1) as share:
+            assert all(m.prefix is not None for m in layers.values())
+            spent = sum(m.used * m.macs_of_rank for m in layers.values()) / sum(m.dense_size for m in layers.values())
+            assert spent <= share or all(m.used == 1 for m in layers.values())
+            seen.append(share)
+    assert all(m.prefix is None for m in layers.values())
+    assert 0.1 <= min(seen) < 0.12
+    assert 0.9 < max(seen) <= 1
+    assert sum(s < 0.1**0.5 for s in seen) == pytest.approx(100, abs=25)  # even in the logarithm
+
+
+def test_small_sizes_that_were_trained_are_better():
+    """Against a family whose passes cut a single layer at a time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    losses = []
+    for least in (None, 0.1):
+        small = Maestro(epochs=30, rate=5e-3, shrink=0.0, down_to=least)(model, batches())
+        losses.append([member.loss for member in small.fit.family((0.5, 0.3), batches())])
+    assert all(one < 0.95 * other for one, other in zip(losses[1], losses[0], strict=True))
+    for bad in (0, 1):
+        with pytest.raises(ConfigurationError, match=f"down_to is {bad}"):
+            Maestro(down_to=bad)
+    with pytest.raises(ConfigurationError, match="ordered=True"):
+        Maestro(down_to=0.1, ordered=False)

@@ -3,7 +3,8 @@
 "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", Horváth et al. 2023, arXiv:2308.14929. Loss: full
 pass on the labels, a pass with one layer cut to a prefix on the full pass's distribution, and the group lasso
 (:mod:`ordered`). Differs from the paper in: AdamW with a cosine in place of SGD; components are dropped where their
-tail is below a share of the layer's whole; sizes are cut by loss on training data per multiply-add saved.
+tail is below a share of the layer's whole; sizes are cut by loss on training data per multiply-add saved; on request
+(``down_to``) every second cut pass is of a whole small size, which no pass that cuts one layer ever is.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class Maestro:
     leaves ranks to the group lasso"""
     settle: float = 0.34
     """share of the epochs after which ranks have fallen to ``share``; what is left then trains as it is"""
+    down_to: float | None = None
+    """for a family: every second cut pass cuts all layers at once, to a size drawn between this share of the dense
+    multiply-adds and all; None cuts one layer at a time, as published, and then no small size was ever trained"""
     full_pass: bool = True
     """train the whole model on the labels beside the cut one; False trains the cut one alone, on the labels"""
     ignore_first: int = 0
@@ -89,6 +93,10 @@ class Maestro:
             raise ConfigurationError(
                 f"share {self.share} and settle {self.settle}; give a share of the dense multiply-adds in (0, 1], and "
                 "one of the epochs between 0 and 1"
+            )
+        if self.down_to is not None and not (0 < self.down_to < 1 and self.ordered):
+            raise ConfigurationError(
+                f"down_to is {self.down_to}; give a share of the dense multiply-adds between 0 and 1, with ordered=True"
             )
         if self.ignore_first < 0 or self.rows < 0:
             raise ConfigurationError(
@@ -123,13 +131,15 @@ class Maestro:
         if not layers:
             raise ConfigurationError("no layer is left to decompose; lower ignore_first, or set ignore_last=False")
         sampler = RankSampler(self.seed)
-        uses = uses_of(whole, batches[0][0]) if self.share is not None else {}
+        uses = uses_of(whole, batches[0][0]) if self.share is not None or self.down_to is not None else {}
         settled = max(1, round(self.settle * self.epochs))
-        done = 0
+        done = steps = 0
         follow = loss is None and labelled
 
         def objective(one: nn.Module, batch: Any) -> Tensor:
+            nonlocal steps
             x, y = batch
+            steps += 1
             total = torch.zeros(())
             made = None
             final = self.share is not None and done >= settled  # nothing is left to drop, so order serves nothing
@@ -137,7 +147,9 @@ class Maestro:
                 made = one(x)
                 total = total + judge(made, y)
             if self.ordered and not final:
-                with sampler.drawn(layers):
+                every = self.down_to is not None and steps % 2 == 0
+                drawn: Any = sampler.sized(layers, uses, self.down_to or 1.0) if every else sampler.drawn(layers)
+                with drawn:
                     part = one(x)
                 if made is None:
                     total = total + judge(part, y)

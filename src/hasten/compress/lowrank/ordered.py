@@ -20,7 +20,15 @@ from torch.nn import functional
 from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear, truncate
 from hasten.errors import ConfigurationError
 
-__all__ = ["OrderedConv2d", "OrderedLayer", "OrderedLinear", "RankSampler", "group_lasso", "ordered_layers"]
+__all__ = [
+    "OrderedConv2d",
+    "OrderedLayer",
+    "OrderedLinear",
+    "RankSampler",
+    "group_lasso",
+    "ordered_layers",
+    "prefixes_of",
+]
 
 
 class OrderedLayer(nn.Module):
@@ -190,6 +198,33 @@ def group_lasso(model: nn.Module) -> Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
+def prefixes_of(layers: dict[str, OrderedLayer], uses: dict[str, int], share: float) -> dict[str, int]:
+    """Prefixes of all layers that take at most ``share`` of the dense multiply-adds: the components stay that hold most
+    of their layer's energy ``|U_b|² |V_b|²`` per multiply-add. One component of each layer always stays.
+
+    >>> one, other = (OrderedLinear.of(nn.Linear(8, 8)) for _ in range(2))
+    >>> sorted(prefixes_of({"a": one, "b": other}, {"a": 1, "b": 1}, 0.01).values())
+    [1, 1]
+    """
+    names, prices, worth = list(layers), [], []
+    with torch.no_grad():
+        for name in names:
+            layer = layers[name]
+            energy = (layer.left.square().sum(0) * layer.right.square().sum(0))[: layer.rank]
+            price = uses[name] * layer.macs_of_rank
+            rising = energy.flip(0).cummax(0).values.flip(0)  # of a prefix, whose tail may hold more
+            value = rising / energy.sum().clamp_min(1e-30) / price
+            value[:1] = torch.inf
+            worth.append(value)
+            prices.append(torch.full((layer.rank,), price))
+    order = torch.cat(worth).argsort(descending=True, stable=True)
+    owners = torch.cat([torch.full((len(w),), i) for i, w in enumerate(worth)])[order]
+    spent = torch.cat(prices)[order].cumsum(0)
+    budget = share * sum(uses[n] * layers[n].dense_size for n in names)
+    kept = torch.bincount(owners[: int((spent <= budget).sum())], minlength=len(names)).tolist()
+    return {n: max(1, k) for n, k in zip(names, kept, strict=True)}
+
+
 class RankSampler:
     """Draws one layer and a prefix of it, uniformly over all pairs of what is left; all other layers are whole.
 
@@ -202,6 +237,23 @@ class RankSampler:
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+
+    @contextmanager
+    def sized(self, layers: dict[str, OrderedLayer], uses: dict[str, int], least: float) -> Iterator[float]:
+        """Inside, all layers use prefixes at once, those of a size drawn between ``least`` and what is left of the
+        multiply-adds, evenly in its logarithm; yields that share of the dense ones."""
+        left = sum(uses[n] * layer.size() for n, layer in layers.items())
+        full = sum(uses[n] * layer.dense_size for n, layer in layers.items())
+        top = min(1.0, left / full)
+        drawn = float(torch.rand((), generator=self._generator))
+        share = top * (min(least, top) / top) ** drawn
+        for name, prefix in prefixes_of(layers, uses, share).items():
+            layers[name].prefix = prefix
+        try:
+            yield share
+        finally:
+            for layer in layers.values():
+                layer.prefix = None
 
     @contextmanager
     def drawn(self, layers: dict[str, OrderedLayer]) -> Iterator[tuple[str, int]]:
