@@ -28,6 +28,7 @@ def run(scale: Scale) -> Iterator[Check]:
     yield from exact(scale)
     scale.progress("training", 0.05)
     yield from vision(scale)
+    yield from linear(scale)
     yield Check.unavailable("near-linear latency in executed learners on a GPU", "no GPU here", "R²")
     scale.progress("done", 1.0)
 
@@ -356,12 +357,13 @@ def _times(scale: Scale, base: Any, model: Any, x: Any) -> Iterator[Check]:
         notes, gain, share = [], {}, 0.0
         fewest = max(measure_gates(other).values())
         bare = set_fixed(copy.deepcopy(other), 0)
+        rules = Protocol(warmup=3, warmup_time=0.0, min_samples=rounds, max_samples=rounds, min_time=0.0)
         with torch.inference_mode():
             for batch in (1, 64):
                 rows = x[:batch]
                 found = compare(
                     {"original": partial(one, rows), "adaptive": partial(other, rows), "bare": partial(bare, rows)},
-                    Protocol(warmup=3, warmup_time=0.0, min_samples=rounds, max_samples=rounds, min_time=0.0),
+                    rules,
                 )
                 gain[batch] = found.speedup("adaptive").value
                 times = [s.median * 1e3 for s in found.samples.values()]
@@ -375,6 +377,62 @@ def _times(scale: Scale, base: Any, model: Any, x: Any) -> Iterator[Check]:
             f"speed over the original at budget 25 %, batch 64, {name}", gain[64], 1.3, "×",
             f"{'; '.join(notes)}; {share:.0%} of the adaptive layers' multiply-adds",
         )  # fmt: skip
+        yield _at_once(name, one, other, x[:1], rules)
+
+
+def _at_once(name: str, one: Any, other: Any, x: Any, rules: Any) -> Check:
+    """One image through the whole network in one call, where nothing is spent between operations."""
+    import torch
+
+    from hasten.compress.fused import FusedModule
+    from hasten.errors import ConfigurationError
+    from hasten.measure import compare
+    from hasten.nn.product.instructions import has_bytes
+
+    title = f"speed of one image at budget 25 %, both networks in one call, {name}"
+    if not has_bytes():
+        return Check.unavailable(title, "this processor has no registers of 512 bits", "×")
+    calls = {"original": partial(one, x)}
+    for precision in ("fp32", "int8"):
+        for kind, model in (("original", one), ("adaptive", other)):
+            calls[f"{kind} {precision}"] = partial(FusedModule(copy.deepcopy(model).eval(), precision), x)
+    try:
+        with torch.inference_mode():
+            found = compare(calls, rules)
+    except ConfigurationError as reason:
+        return Check.unavailable(title, str(reason), "×")
+    times = {n: s.median for n, s in found.samples.items()}
+    gain = times["original fp32"] / times["adaptive fp32"]
+    shown = ", ".join(f"{n} {t * 1e6:.0f} µs" for n, t in times.items())
+    return Check.at_least(title, gain, 1.0, "×", f"float32; {shown}; the first as torch runs it")
+
+
+def linear(scale: Scale) -> Iterator[Check]:
+    """Time of one layer against the number of learners that its tokens take, by any gate."""
+    import torch
+
+    from hasten.compress.acm import AdaptiveComputation
+    from hasten.measure import Protocol, compare
+
+    torch.manual_seed(scale.seed)
+    layer = AdaptiveComputation(width=192, learners=4, size=192).eval()
+    z = torch.randn(scale.choose(quick=800, full=3200), 192)
+    means = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+    counts = [torch.full((len(z),), int(m)) + (torch.rand(len(z)) < m % 1) for m in means]
+    rounds = scale.choose(quick=7, full=21)
+    rules = Protocol(warmup=2, warmup_time=0.0, min_samples=rounds, max_samples=rounds, min_time=0.0)
+    with torch.inference_mode():
+        calls = {f"{m}": partial(layer.gated, z, c) for m, c in zip(means, counts, strict=True)}
+        found = compare({**calls, "no gate": partial(layer.prefix, z, layer.learners)}, rules).samples
+    times = [found[f"{m}"].median for m in means]
+    taken = [float(c.double().mean()) for c in counts]
+    fit = float(np.corrcoef(taken, times)[0, 1]) ** 2
+    shown = ", ".join(f"{m:g}: {t * 1e3:.2f}" for m, t in zip(means, times, strict=True))
+    yield Check.at_least(
+        "time of a layer is linear in the learners that run (R²)", fit, 0.95, "",
+        f"width 192, {len(z):,} tokens, {torch.get_num_threads()} threads; milliseconds by mean {shown}; all learners "
+        f"without a gate {found['no gate'].median * 1e3:.2f}",
+    )  # fmt: skip
 
 
 study = Study(
