@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).parent))
 
 if not Path("/dev/nvidiactl").exists():  # no GPU: Triton's kernels run under its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The same examples in every run; none is wrong for having taken long, for kernels compile and machines are shared.
+settings.register_profile("hasten", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hasten")
 
 
 def pytest_collection_finish() -> None:
