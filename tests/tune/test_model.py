@@ -10,12 +10,13 @@ from torch import nn
 
 import hasten.tune
 from hasten.clock import ManualClock
-from hasten.compress import FusedModule, PackedLinear, Recipe, kernels
+from hasten.compress import FusedModule, PackedLinear, Recipe, TruncatedSvd, kernels
 from hasten.errors import ConfigurationError
 from hasten.measure import Protocol
 from hasten.nn.product.instructions import has_bytes
 from hasten.tune import Knob, Space
 from hasten.tune import model as tuning
+from hasten.tune.space import recipe_space, with_choices
 
 SECONDS = {"fp32": 4e-3, "bf16": 3e-3, "bf16-packed": 2.5e-3, "int8-weight": 5e-3, "int8-dynamic": 1e-3}
 SECONDS |= {"bf16-panels": 3.5e-3, "int8-panels": 6e-3, "int4-panels": 9e-3}
@@ -276,6 +277,13 @@ def test_recipes_of_the_user_join_the_space(tmp_path: Path):
         search(recipes=[both, both])
     with pytest.raises(ConfigurationError, match="not the empty one"):
         search(recipes=[Recipe()])
+
+
+def test_recipes_of_the_user_are_tried_before_the_space() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    mine = Recipe((TruncatedSvd(ratio=0.5),))
+    chosen = with_choices(recipe_space(model), "format", (mine.label,))
+    assert [p["format"] for p in tuning._first(chosen, (mine.label,))][:2] == ["unchanged", mine.label]
 
 
 def test_a_latency_is_predicted_from_the_table_and_saves_the_measurement(clock: ManualClock) -> None:

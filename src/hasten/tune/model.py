@@ -404,7 +404,7 @@ def tune(
             storage=Path(storage) if storage is not None else None,
             name=name,
             facts={"budget": str(budget), "model": identity(model), "tokens": bench.tokens},
-            first=_first(chosen),
+            first=_first(chosen, tuple(bench.given)),
         )
         candidates = search.run(time_limit=time_limit, clock=clock, progress=progress)
         return replace(_conclude(bench, candidates, axes, search.storage), points=chosen.size())
@@ -432,9 +432,10 @@ def _conclude(
     )  # fmt: skip
 
 
-def _first(space: Space) -> tuple[Point, ...]:
-    """The unchanged model, then whole networks in another form: the fewest, and mostly the furthest from it."""
-    points: list[Point] = [{"format": "unchanged"}]
+def _first(space: Space, given: Sequence[str] = ()) -> tuple[Point, ...]:
+    """The unchanged model, then the recipes that were given, which a time limit must not leave out, then whole networks
+    in another form: the fewest, and mostly the furthest from it."""
+    points: list[Point] = [{"format": name} for name in ("unchanged", *given)]
     formats = next((k.choices for k in space.knobs if k.name == "format"), ())
     if any(f in _WHOLE for f in formats):
         whole = (p for p in itertools.islice(space.points(), _MOST_POINTS) if p["format"] in _WHOLE)
