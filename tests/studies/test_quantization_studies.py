@@ -158,5 +158,5 @@ def test_calibration_that_is_made_up_is_judged_beside_images_and_noise(monkeypat
     monkeypatch.setattr(quantization_survey.part, "network", lambda *given: model)
     images, noise = quantization_survey.without_data(Scale(quick=True), data, 1, 2)
     assert (images.threshold, noise.threshold) == ("≥ -0.5", "≥ 0")
-    assert noise.value > 1  # points: noise about zero clips inputs about 3.5
+    assert noise.value > 1  # dB: noise about zero clips inputs about 3.5
     assert "by seed" in images.note

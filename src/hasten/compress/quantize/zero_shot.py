@@ -81,7 +81,7 @@ def statistics_gap(model: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(mean, Tensor)
         assert isinstance(variance, Tensor)
         deviation = (variance + norm.eps).sqrt()  # type: ignore[operator]
-        own = (values.var(1, unbiased=False) + norm.eps).sqrt()  # type: ignore[operator]
+        own = (values.var(1, unbiased=False) + norm.eps).sqrt()
         gaps.append((((values.mean(1) - mean) / deviation).square() + (own / deviation - 1).square()).mean())
 
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.running_mean is not None]
