@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from hasten.compress.lowrank.modular import ModularDecomposition
 from hasten.language.loading import load
 from hasten.language.ragged import RaggedBatch
+from hasten.language.sized_files import save
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,3 +100,25 @@ def test_longrope_beyond_the_original_context(tmp_path):
     executor = load(tmp_path, dtype="fp32").executor
     batch = RaggedBatch.build([(tokens[0].tolist(), 0, list(range(13)))], logits="all")
     torch.testing.assert_close(executor.step(batch, executor.new_cache(13, 8)), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "phi3", "gemma3", "qwen2-moe", "qwen3-moe"])
+def test_a_narrower_folder_of_a_family_loads_again(name, tmp_path):
+    """A fifth of its layers' parameters gone, written beside its own config: the runtime gives the module's logits."""
+    source, out = tmp_path / "source", tmp_path / "narrower"
+    reference(name, source)
+    tokens = torch.randint(2, 97, (1, 45), generator=torch.Generator().manual_seed(1))
+    made = ModularDecomposition(ratio=0.2, allocation="uniform")(load(source, dtype="fp32").decoder, [tokens])
+    save(made, out, source)
+    again = load(out, dtype="fp32")
+    assert sum(p.numel() for p in again.decoder.parameters()) == sum(p.numel() for p in made.parameters())
+    with torch.no_grad():
+        wanted = made(tokens)[0].float()
+        torch.testing.assert_close(again.decoder(tokens)[0].float(), wanted, atol=1e-5, rtol=1e-5)
+    executor = again.executor
+    cache, ids = executor.new_cache(8, 8), tokens[0].tolist()
+    rows = [
+        executor.step(RaggedBatch.build([(ids[a:b], a, [5, 2, 7, 1, 0, 3])], logits="all"), cache)
+        for a, b in ((0, 40), (40, 45))
+    ]
+    torch.testing.assert_close(torch.cat(rows), wanted, atol=1e-4, rtol=1e-4)
