@@ -70,9 +70,11 @@ def decoder(rules: Protocol) -> list[dict[str, Any]]:
 def adaptive(rules: Protocol) -> list[dict[str, Any]]:
     """A vision transformer of 50 tokens whose feed-forwards run a quarter of their learners, chosen by random gates.
 
-    From how many tokens on gates are asked is measured before.
+    From how many tokens on gates are asked is measured before. One image also goes through either network in one call.
     """
     from hasten.compress.acm import ACM, measure_gates, set_budget
+    from hasten.compress.fused import FusedModule
+    from hasten.nn.product.instructions import has_bytes
     from hasten.studies._vision_models import VisionTransformer
 
     rows = []
@@ -85,7 +87,14 @@ def adaptive(rules: Protocol) -> list[dict[str, Any]]:
         set_budget(small, [images[:64]], 0.25)
         measure_gates(small)
         for count in (1, 64, 256):
-            calls = {"unchanged": partial(model, images[:count]), "adaptive, 25 %": partial(small, images[:count])}
+            calls: dict[str, Callable[[], object]] = {
+                "unchanged": partial(model, images[:count]), "adaptive, 25 %": partial(small, images[:count]),
+            }  # fmt: skip
+            if count == 1 and has_bytes():
+                for name, one in (("unchanged", model), ("adaptive, 25 %", small)):
+                    for precision in ("fp32", "int8"):
+                        whole = FusedModule(one, precision)
+                        calls[f"{name}, one call, {precision}"] = partial(whole, images[:1])
             rows += _turns(f"ViT of width {width}, batch {count}", calls, rules)
     return rows
 
