@@ -40,8 +40,6 @@ __all__ = ["study"]
 KERNEL = {"steps": 20}
 NIGHT = 10_000_000
 """Alerts, in ten hours"""
-MACHINES = 16
-"""As many may share them"""
 Curves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -358,10 +356,10 @@ def streams(scale: Scale, seen: Observations, folder: Path) -> Iterator[Check]:
         "stream against the whole curve, largest difference of a probability", gap, 1e-6, note=f"{len(given)} alerts"
     )
     at = {q: percentile(list(stream.delays), q).value for q in (50, 99)}
-    yield Check.at_most(
-        "latency of one alert, p99", at[99], MACHINES * 36000 / NIGHT, "s",
-        f"p50 {at[50] * 1e3:.1f} ms, p99 {at[99] * 1e3:.1f} ms: Gaussian process and classifier, one alert at a time; "
-        f"the bound is the time between alerts on each of {MACHINES} machines",
+    yield Check(
+        "latency of one alert, p99", at[99], "s", "", None,
+        f"told only: p50 {at[50] * 1e3:.1f} ms, p99 {at[99] * 1e3:.1f} ms, Gaussian process and classifier, one alert "
+        f"at a time; alerts of a night come every {36e6 / NIGHT:.1f} ms",
     )  # fmt: skip
     batch = classifier_of(folder / "tiny", batch=64, clock=MonotonicClock())
     clock = MonotonicClock()
@@ -378,7 +376,7 @@ def streams(scale: Scale, seen: Observations, folder: Path) -> Iterator[Check]:
         model(curves)
     alone = 240 / (clock.now() - began)
     yield Check.at_most(
-        "machines like this for ten million alerts in a night of ten hours", NIGHT / 36000 / rate, MACHINES, "",
+        "machines like this for ten million alerts in a night of ten hours", NIGHT / 36000 / rate, 1.0, "",
         f"{rate:.0f} alerts/s in batches of 64 with the Gaussian process ({rate / NIGHT:.2e} nights per second), "
         f"{alone:.0f} light curves/s by the classifier alone ({alone / NIGHT:.2e})",
     )  # fmt: skip
