@@ -88,6 +88,23 @@ def test_mistakes_are_one_line(arguments, said, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scheme", "W4A16", "--length", 1], "nothing to predict or to measure on"),
+        (["--scheme", "W4A16", "--sequences", 0], "0 pieces of 256 tokens"),
+        (["--keep", 0.9, "--tokens", 0], "a layer sees at least one row"),
+        (["--technique", "mla", "--kv-rank", "nan"], "kv_rank is nan"),
+        (["--technique", "mla", "--kv-rank", "inf"], "kv_rank is inf"),
+    ],
+)
+def test_counts_that_are_none(text, arguments, said, tmp_path):
+    done = run("pycode-draft-0.7m", *arguments, "--data", text, "--out", tmp_path / "small")
+    assert isinstance(done.exception, ConfigurationError)
+    assert said in str(done.exception)
+    assert not (tmp_path / "small").exists()
+
+
 def test_text_that_is_none(tmp_path):
     path = tmp_path / "bad.jsonl"
     for content, said in (('{"other": 1}\n', "line 1"), ("no json\n", "line 1"), ('{"text": "x"}\n', "tokens")):

@@ -1,6 +1,7 @@
 """``hasten export`` from the command line, with bad input."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ def test_onnx_with_calibration(here: Path) -> None:
 def test_bad_input(here: Path) -> None:
     np.save(here / "x.npy", np.ones((3, 9), np.float32))
     (here / "text.npy").write_text("no array")
+    (here / "empty.npy").touch()
+    np.save(here / "none.npy", np.ones((0, 8), np.float32))
+    (here / "file").touch()
     for arguments, error, words in (
         (("--out", "net.txt", *SHAPE), ConfigurationError, "name the file .onnx or .pt2"),
         (("--out", "net.pt2", *SHAPE, "--recipe", "r", "--scheme", "W8A8"), ConfigurationError, "give one"),
@@ -52,8 +56,30 @@ def test_bad_input(here: Path) -> None:
         (("--out", "net.pt2", "--input-shape", "2x7"), ConfigurationError, "does not take 2x7"),
         (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "x.npy"), DataError, "(examples, 8)"),
         (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "text.npy"), DataError, "numpy.save"),
+        (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "empty.npy"), DataError, "numpy.save"),
+        (("--out", "net.pt2", *SHAPE, "--scheme", "W8A8", "--calibration", "none.npy"), DataError, "no example"),
+        (("--out", "net.pt2", "--input-shape", "99999999x99999999"), ConfigurationError, "cannot be made"),
+        (("--out", "net.pt2", *SHAPE, "--tolerance", "nan"), ConfigurationError, "at least 0"),
+        (("--out", "file/net.pt2", *SHAPE), DataError, "cannot be written"),
     ):
         done = run(*arguments)
         assert isinstance(done.exception, error)
         assert words in str(done.exception)
+    assert not (here / "net.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("net = lambda: (lambda x: x)", "a file is written of an nn.Module"),
+        ("from torch import nn\nnet = lambda: nn.Linear(8, 4, device='meta')", "weight on the meta device"),
+        ("from torch import nn\ndef net():\n  m = nn.Linear(8, 4)\n  m.bias.data[0] = float('nan')\n  return m", "NaN"),
+    ],
+)
+def test_models_that_cannot_be_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: str) -> None:
+    (here / "a_net.py").write_text(content)
+    monkeypatch.delitem(sys.modules, "a_net", raising=False)
+    done = run("--out", "net.pt2", *SHAPE)
+    assert isinstance(done.exception, ConfigurationError)
+    assert words in str(done.exception)
     assert not (here / "net.pt2").exists()

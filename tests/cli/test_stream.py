@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hasten.cli.main import app
-from hasten.errors import DataError
+from hasten.errors import ConfigurationError, DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +66,12 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
         CliRunner().invoke(
             app, ["stream", str(sound(tmp_path / "a.wav")), "--data", str(tmp_path)], catch_exceptions=False
         )
+
+
+def test_batches_and_limits_are_counts(tmp_path: Path) -> None:
+    for option in (("--batch", "0"), ("--limit", "-1")):
+        with pytest.raises(ConfigurationError, match="a batch of 1 or more, and a limit of 0 or more"):
+            CliRunner().invoke(app, ["stream", str(tmp_path / "a.csv"), *option], catch_exceptions=False)
 
 
 def classifier(folder: Path) -> Path:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hasten.compress import Clustering, MagnitudePruning, Quantize, TruncatedSvd, WeightPrecision, given
+from hasten.compress import (
+    Clustering,
+    FusedNetwork,
+    Int8Network,
+    MagnitudePruning,
+    Quantize,
+    TruncatedSvd,
+    WeightPrecision,
+    given,
+    sqnr,
+)
 from hasten.compress.acm import ACM
 from hasten.compress.deep import DeepCompression
 from hasten.compress.given import run_example
 from hasten.compress.lowrank.svdquant import SvdQuant
-from hasten.compress.quantize import Gptq
+from hasten.compress.quantize import Gptq, QuantizeAware
 from hasten.errors import ConfigurationError, DataError
 from hasten.tune import tune
+from hasten.tune.model import fidelity
 
 TECHNIQUES: dict[str, Any] = {
     "quantize": Quantize.scheme("W4A16", steps=(Gptq(),), real="never"),
@@ -59,6 +71,61 @@ def test_weights_that_are_no_numbers(name: str) -> None:
         TECHNIQUES[name](model, [torch.randn(64, 64)])
 
 
+ASKED = {**TECHNIQUES, "fused": FusedNetwork(), "bytes": Int8Network(), "trained": QuantizeAware(epochs=1)}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize(
+    ("model", "calibration", "said"),
+    [
+        (lambda: None, [torch.zeros(1, 64)], "was given a NoneType as the model; give an nn.Module"),
+        (lambda: nn.Sequential(nn.Linear(64, 64, device="meta")), None, "0.weight is on the meta device"),
+        (_model, torch.zeros(9, 64), "calibration is a Tensor; give "),
+        (_model, np.zeros((9, 64)), "calibration is a ndarray; give "),
+        (_model, {"x": torch.zeros(9, 64)}, "calibration is a dict; give "),
+        (_model, [torch.zeros(9, 64), torch.zeros(0, 64)], r"calibration input 1 of shape \(0, 64\) holds no sample"),
+    ],
+)
+def test_what_no_technique_takes(name: str, model: Any, calibration: Any, said: str) -> None:
+    with pytest.raises((ConfigurationError, DataError), match=said) as caught:
+        ASKED[name](model(), calibration)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fused", "trained", "svdquant", "quantize"])
+@pytest.mark.parametrize("example", ["text", None, torch.zeros(2, 64, dtype=torch.long), torch.zeros(2, 63)])
+def test_an_example_that_only_the_models_own_code_refuses(name: str, example: Any) -> None:
+    """Whatever broke first, what is said is which example does not fit."""
+    technique = ASKED[name]
+    if name == "fused" and not isinstance(example, torch.Tensor):
+        assert not technique(_model(), [example]).report.touched
+        return
+    with pytest.raises(DataError, match="calibration input 0 .*does not fit the model"):
+        technique(_model(), [example])
+
+
+def test_errors_of_our_own_are_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise AttributeError("a mistake in the technique")
+
+    monkeypatch.setattr("hasten.compress.quantize.technique.targets", broken)
+    model = _model().train()
+    with pytest.raises(AttributeError, match="a mistake in the technique"):
+        Quantize.scheme("W4A16")(model, [torch.zeros(2, 64)])
+    assert model.training
+
+
+def test_training_is_in_float32() -> None:
+    with pytest.raises(ConfigurationError, match=r"layer '0' is torch.float64, and training is in float32"):
+        QuantizeAware(epochs=1)(_model().double(), [torch.zeros(2, 64).double()])
+
+
+def test_squares_beyond_float32_are_still_a_quality() -> None:
+    one, other = torch.full((4,), 1e30), torch.full((4,), 0.9e30)
+    assert sqnr(one, other) == pytest.approx(20, abs=0.01)
+    assert fidelity(nn.Identity(), nn.Hardtanh(-1, 0.9e30), [one]) == pytest.approx(0.9, abs=1e-3)
+
+
 def test_the_layer_without_variance_is_named() -> None:
     model = _model()
     with torch.no_grad():
@@ -91,7 +158,7 @@ def test_a_search_refuses_the_model_and_survives_a_recipe() -> None:
 
 def test_an_example_without_a_number() -> None:
     assert run_example(_model(), torch.zeros(2, 64), 3).shape == (2, 64)
-    with pytest.raises(DataError, match="calibration input 3 of shape str does not fit the model"):
+    with pytest.raises(DataError, match=r"calibration input 3 \(str\) does not fit the model"):
         run_example(_model(), "text", 3)
 
 

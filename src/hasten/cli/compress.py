@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,7 +142,7 @@ def _smaller_cache(
     from hasten.language.compressing import TextSample, read_texts
     from hasten.language.compressing_cache import smaller_cache
 
-    whole = kv_rank is None or kv_rank < 1
+    whole = kv_rank is None or kv_rank < 1 or not math.isfinite(kv_rank)
     fold: int | str = 1 if kv_rank is None and rope_dims is None else "auto"
     made = ToMLA(kv_rank=kv_rank if whole else int(kv_rank or 0), rope_dims=rope_dims, freqfold=fold)
     with stages(console) as told:

@@ -31,19 +31,26 @@ def export(
 ) -> None:
     """Write the model as a file for other runtimes, run the file, and compare its outputs before it is kept."""
     from rich.console import Console
+    from torch.nn import Module
 
     from hasten.cli.measure import build, calibration_inputs, examples, taken
     from hasten.compress import Recipe
     from hasten.compress.export import export_onnx, export_program
     from hasten.compress.quantize import Quantize
     from hasten.errors import ConfigurationError
+    from hasten.files import check_place
 
     if out.suffix not in (".onnx", ".pt2"):
         raise ConfigurationError(f"{out} says no format; name the file .onnx or .pt2")
     if recipe is not None and scheme is not None:
         raise ConfigurationError("--recipe and --scheme both say how to compress; give one")
+    if tolerance is not None and not tolerance >= 0:
+        raise ConfigurationError(f"--tolerance is {tolerance}; give a relative difference of at least 0, such as 1e-3")
+    check_place(out)
     example = examples(input_shape, input_dtype, "cpu")
     module = taken(model, build(model), example)
+    if not isinstance(module, Module):
+        raise ConfigurationError(f"{model!r} gave a {type(module).__name__}; a file is written of an nn.Module")
     given = [example] if calibration is None else calibration_inputs(calibration, example)
     if recipe is not None:
         module, _ = Recipe.load(recipe).apply(module, given)

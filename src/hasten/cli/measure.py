@@ -99,6 +99,10 @@ def build(target: str) -> Any:
         ) from error
     if not callable(made):
         raise ConfigurationError(f"{target!r} gave a {type(made).__name__}; the factory returns a module or a callable")
+    held = made.named_parameters() if isinstance(made, torch.nn.Module) else ()
+    empty = next((n for n, p in held if p.device.type == "meta"), None)
+    if empty is not None:
+        raise ConfigurationError(f"{target!r} has {empty} on the meta device, without numbers; load its weights")
     return made
 
 
@@ -120,10 +124,16 @@ def examples(shapes: list[str] | None, dtype: str, device: str) -> Any:
         if not all(s.strip().isdigit() and int(s) > 0 for s in sizes):
             raise ConfigurationError(f"input shape {text!r} is not positive numbers joined by x, such as 1x3x224x224")
         shape = [int(s) for s in sizes]
-        if kind.is_floating_point:
-            made.append(torch.randn(shape, generator=generator).to(kind).to(device))
-        else:
-            made.append(torch.zeros(shape, dtype=kind, device=device))
+        try:
+            if kind.is_floating_point:
+                made.append(torch.randn(shape, generator=generator).to(kind).to(device))
+            else:
+                made.append(torch.zeros(shape, dtype=kind, device=device))
+        except (RuntimeError, MemoryError, TypeError) as error:  # more than there is memory, or than can be counted
+            raise ConfigurationError(
+                f"an input of shape {text!r} in {dtype} cannot be made ({str(error).splitlines()[0][:120]}); give a "
+                "smaller one"
+            ) from error
     return made[0] if len(made) == 1 else tuple(made)
 
 
@@ -167,10 +177,12 @@ def calibration_inputs(path: Path, example: Any) -> list[Any]:
 
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # an empty file ends before it began
         raise DataError(f"{path} is no .npy array ({error}); write it with numpy.save") from error
     if not isinstance(example, torch.Tensor) or array.ndim < 1 or array.shape[1:] != tuple(example.shape[1:]):
         raise DataError(f"{path} holds {array.shape}; give (examples, {', '.join(map(str, example.shape[1:]))})")
+    if not len(array):
+        raise DataError(f"{path} holds no example; give at least one")
     return [torch.from_numpy(row[None].copy()).to(example) for row in array]
 
 

@@ -105,12 +105,16 @@ def _alerts(file: Path, folder: Path | None, batch: int, limit: int, json: bool)
     from hasten.budget import format_quantity
     from hasten.cli.progress import stages
     from hasten.clock import MonotonicClock
-    from hasten.errors import DataError
+    from hasten.errors import ConfigurationError, DataError
     from hasten.events.alerts import Classification, read_alerts
     from hasten.events.classifier import cached_classifier, classifier_of
     from hasten.events.observations import LSST, ZTF
     from hasten.measure.stats import summarise
 
+    if batch < 1 or limit < 0:
+        raise ConfigurationError(
+            f"--batch {batch} and --limit {limit}: give a batch of 1 or more, and a limit of 0 or more"
+        )
     console, clock = Console(stderr=json), MonotonicClock()
     alerts = list(islice(read_alerts(file), limit or None))
     if not alerts:

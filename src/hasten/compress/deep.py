@@ -99,6 +99,8 @@ class DeepCompression:
         clone = copy.deepcopy(model)
         modes = [(m, m.training) for m in clone.modules()]
         weights = weights_of(clone, self.layers, self.skip)
+        if not weights:
+            raise ConfigurationError(f"{type(model).__name__} has no weights that layers= and skip= leave; name others")
         before = {p: w.numel() * w.element_size() for p, w in weights.items()}
         sizes = {"torch.save": float(module_bytes(model)), "raw": self._bytes(clone)}
         whole = loss or match_outputs(model)

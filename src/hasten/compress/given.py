@@ -5,7 +5,7 @@ Each error is one line that names the layer or the example and what to do about 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 from hasten.errors import ConfigurationError, DataError, HastenError
 from hasten.measure.counting import call
 
-__all__ = ["answers", "finite_example", "finite_examples", "finite_parameters", "finite_weight", "run_example"]
+__all__ = [
+    "answers",
+    "finite_example",
+    "finite_examples",
+    "finite_parameters",
+    "finite_weight",
+    "fitting",
+    "run_example",
+    "unfit",
+]
 
 
 def finite_weight(path: str, weight: Tensor) -> None:
@@ -73,11 +82,10 @@ def run_example(model: nn.Module, example: Any, index: int | None = None, *, whi
         return call(model, example)
     except HastenError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{which} of shape {_shapes(example)} does not fit the model ({first}); give inputs as "
-            "the model is called with"
+            f"{which} {_described(example)} does not fit the model ({first}); give inputs as the model is called with"
         ) from error
 
 
@@ -92,6 +100,68 @@ def answers(model: nn.Module, example: Any) -> None:
             )
 
 
+def _described(example: Any) -> str:
+    tensors = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example))
+    return f"of shape {_shapes(example)}" if tensors else f"({_shapes(example)})"
+
+
 def _shapes(example: Any) -> str:
     leaves = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     return ", ".join(str(tuple(t.shape)) for t in leaves) or type(example).__name__
+
+
+def fitting(technique: str, model: Any, calibration: Any, name: str = "calibration") -> None:
+    """What every technique asks of its arguments before it begins; an error of one line that says what to give.
+
+    Raises :class:`~hasten.errors.ConfigurationError` for something that is no module, or one without numbers, and for
+    a calibration (or what ``name`` calls it) that is no list; :class:`~hasten.errors.DataError` for an example that is
+    empty, NaN or infinite.
+
+    >>> fitting("quantize", nn.Linear(2, 2), torch.zeros(8, 2))
+    Traceback (most recent call last):
+    ...
+    hasten.errors.ConfigurationError: calibration is a Tensor; give quantize a list of inputs, such as [x]
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"{technique} was given a {type(model).__name__} as the model; give an nn.Module")
+    empty = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"), None)
+    if empty is not None:
+        raise ConfigurationError(
+            f"{empty} is on the meta device, where there are no numbers; load the model's weights before {technique}"
+        )
+    if calibration is None or (callable(calibration) and not hasattr(calibration, "__len__")):
+        return
+    listed = hasattr(calibration, "__len__") and hasattr(calibration, "__iter__")
+    if not listed or isinstance(calibration, (Tensor, str, bytes, Mapping)) or hasattr(calibration, "__array__"):
+        raise ConfigurationError(
+            f"{name} is a {type(calibration).__name__}; give {technique} a list of inputs, such as [x]"
+        )
+    if isinstance(calibration, (list, tuple)):
+        for index, example in enumerate(calibration):
+            which = f"calibration input {index}" if name == "calibration" else f"{name}[{index}]"
+            tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+            if tensors and all(t.numel() == 0 for t in tensors):
+                raise DataError(f"{which} of shape {_shapes(example)} holds no sample; remove it")
+            finite_example(example, which)
+
+
+def unfit(model: nn.Module, calibration: Any, error: Exception) -> None:
+    """After ``error``: raises :class:`~hasten.errors.DataError` where the model does not take an example, alone or as
+    the first of a pair, :class:`~hasten.errors.ConfigurationError` for NaN in the model; nothing otherwise."""
+    finite_parameters(model, "compressed")
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for index, example in enumerate(calibration if isinstance(calibration, (list, tuple)) else ()):
+                paired = isinstance(example, (list, tuple)) and len(example) == 2
+                try:
+                    run_example(model, example, index)
+                except DataError as reason:
+                    if paired:
+                        run_example(model, example[0], index)
+                        continue
+                    raise reason from error
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -11,6 +11,7 @@ that of queries times ``1 - cos(frequency * distance)`` on average; the paper ke
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,7 +57,7 @@ class ToMLA:
     name: ClassVar[str] = "mla"
 
     def __post_init__(self) -> None:
-        if self.kv_rank is not None and self.kv_rank <= 0:
+        if self.kv_rank is not None and not 0 < self.kv_rank < math.inf:
             raise ConfigurationError(f"kv_rank is {self.kv_rank}; give a share below 1 or a number of at least 1")
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
             raise ConfigurationError(f"rope_dims is {self.rope_dims}; it counts pairs, so give an even number ≥ 2")

@@ -8,6 +8,7 @@ before and after. Techniques are named in a registry, so a recipe can be read ba
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -16,8 +17,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import nn
 
+from hasten.compress.given import fitting, unfit
 from hasten.compress.values import default_of, read, write
-from hasten.errors import ConfigurationError
+from hasten.errors import ConfigurationError, HastenError
 
 __all__ = ["LayerReport", "Technique", "TechniqueReport", "exportable", "from_dict", "register", "to_dict"]
 
@@ -133,11 +135,35 @@ _T = TypeVar("_T", bound=type[Any])
 
 
 def register(cls: _T) -> _T:
-    """Class decorator: a recipe may name this technique."""
+    """Class decorator: a recipe may name this technique, and what it is given is looked at first (:mod:`given`)."""
     if cls.name in _TECHNIQUES and _TECHNIQUES[cls.name] is not cls:
         raise ConfigurationError(f"two techniques are called {cls.name!r}; rename one")
     _TECHNIQUES[cls.name] = cls
+    for name, place in (("__call__", 0), ("apply", 1)):
+        if name in cls.__dict__:
+            setattr(cls, name, _guarded(cls.__dict__[name], place))
     return cls
+
+
+def _guarded(method: Callable[..., nn.Module], place: int) -> Callable[..., nn.Module]:
+    """The method behind the checks of :mod:`given`; ``place`` of the calibration among the arguments after the model.
+
+    Where it fails otherwise than on purpose, and the model does not take an example, that is what is said.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, model: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
+        calibration = named.get("calibration", arguments[place] if len(arguments) > place else None)
+        fitting(self.name, model, calibration)
+        try:
+            return method(self, model, *arguments, **named)
+        except HastenError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            unfit(model, calibration, error)
+            raise
+
+    return run
 
 
 def to_dict(technique: Technique) -> dict[str, Any]:
@@ -203,7 +229,6 @@ def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
     >>> round(sqnr(torch.ones(10), torch.full((10,), 0.9)), 3)
     20.0
     """
-    noise = (reference.float() - other.float()).square().sum()
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(reference.float().square().sum() / noise))
+    signal, noise = reference.double(), reference.double() - other.double()  # squares of 1e20 leave float32
+    lost = noise.square_().sum()
+    return float("inf") if lost == 0 else float(10 * torch.log10(signal.square().sum() / lost))

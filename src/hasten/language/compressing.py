@@ -60,6 +60,10 @@ class TextSample:
         cls, model: LanguageModel, texts: Sequence[str], *, length: int = 256, most: int = 64, share: float = 0.25
     ) -> TextSample:
         """Cut ``texts`` into sequences of ``length`` tokens, at most ``most``; the last ``share`` is held out."""
+        if length < 2 or most < 2:
+            raise ConfigurationError(
+                f"{most} pieces of {length} tokens leave nothing to predict or to measure on; give at least 2 of each"
+            )
         length = min(length, model.config.max_position_embeddings)
         pieces: list[Tensor] = []
         line: list[int] = []
@@ -202,6 +206,8 @@ def keeping(
     of the model; ``tokens``: rows that a layer sees in one step."""
     if not 0 < keep <= 1:
         raise ConfigurationError(f"keep={keep} is no share of the quality; give above 0 and at most 1, such as 0.99")
+    if tokens < 1:
+        raise ConfigurationError(f"tokens={tokens}, and a layer sees at least one row in a step; give 1 or more")
     told = progress or (lambda stage, share: None)
     decoder = float_decoder(model)
     patterns = _present(decoder, skip)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hasten.budget import Budget
 from hasten.clock import Clock, MonotonicClock
 from hasten.compress import Plan, Recipe, WeightPrecision
-from hasten.compress.given import answers, finite_examples, finite_parameters
+from hasten.compress.given import answers, finite_examples, finite_parameters, fitting
 from hasten.errors import ConfigurationError
 from hasten.measure import energy as energies
 from hasten.measure.counting import call
@@ -55,8 +55,8 @@ def fidelity(model: nn.Module, other: nn.Module, data: Sequence[Any]) -> float:
     with torch.inference_mode():
         for example in data:
             for a, b in zip(_floats(call(model, example)), _floats(call(other, example)), strict=True):
-                error += float((a.float() - b.float()).square().sum())
-                norm += float(a.float().square().sum())
+                error += float((a.double() - b.double()).square().sum())
+                norm += float(a.double().square().sum())
     return max(0.0, 1.0 - (error / norm) ** 0.5) if norm else 1.0
 
 
@@ -304,15 +304,17 @@ def _why_kept(new: nn.Module) -> str:
     return f"layer {told[0].layer!r} was kept: {told[0].reason}{rest}"
 
 
-def named(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
-    """Recipes by their labels; raises :class:`~hasten.errors.ConfigurationError` for two that look the same."""
+def named(recipes: Sequence[Recipe], taken: Sequence[Any] = ()) -> dict[str, Recipe]:
+    """Recipes by their labels, which say that they were given where the space has one of its own (``taken``); raises
+    :class:`~hasten.errors.ConfigurationError` for two that look the same."""
     found: dict[str, Recipe] = {}
     for recipe in recipes:
         if not isinstance(recipe, Recipe) or not recipe.techniques:
             raise ConfigurationError(f"recipes holds {recipe!r}; give Recipe((technique, …)), not the empty one")
-        if recipe.label in found:
+        label = f"{recipe.label} (given)" if recipe.label in taken else recipe.label
+        if label in found:
             raise ConfigurationError(f"two recipes are {recipe.label!r}; give each once")
-        found[recipe.label] = recipe
+        found[label] = recipe
     return found
 
 
@@ -354,6 +356,7 @@ def tune(
     """
     if isinstance(budget, str):
         budget = Budget.parse(budget)
+    fitting("tune", model, data, "data")
     if not data:
         raise ConfigurationError("tuning needs at least one example; give data=[example]")
     unknown = sorted({b.metric for b in budget.bounds} - _MEASURED)
@@ -361,6 +364,8 @@ def tune(
         raise ConfigurationError(
             f"tune does not measure {', '.join(unknown)} per candidate; bound {', '.join(sorted(_MEASURED))}"
         )
+    if power is not None and not power > 0:
+        raise ConfigurationError(f"power is {power}; give the watts under load, such as 65")
     place = lies_on(model)
     unmetered = power is None and energy is None and energies.detect_meter(str(place or "cpu")) is None
     if unmetered and any(b.metric == "energy" for b in budget.bounds):
@@ -378,6 +383,7 @@ def tune(
     model.eval()
     try:
         answers(model, data[0])
+        wide = space or recipe_space(model)
         bench = _Bench(
             model,
             data,
@@ -388,10 +394,10 @@ def tune(
             clock,
             power,
             energy,
-            named(recipes),
+            named(recipes, next((k.choices for k in wide.knobs if k.name == "format"), ())),
             calibration,
         )
-        chosen = with_choices(space or recipe_space(model), "format", tuple(bench.given))
+        chosen = with_choices(wide, "format", tuple(bench.given))
         axes = (Axis(_latency_key(budget)), Axis("quality", maximise=True, kind="ratio"))
         search = Search(
             chosen,

@@ -187,9 +187,9 @@ def recipe_of(point: Point, model: nn.Module, tokens: int = 1) -> Recipe:
     if point["format"] == "int8-network":
         return Recipe((Int8Network(),))
     if point["format"] == "fused":
-        return Recipe((*_narrowed(point, model), FusedNetwork(point["products"])))
+        return Recipe((*_narrowed(point, model), FusedNetwork(point.get("products", "fp32"))))
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    kept = {"none": (), "first": linears[:1], "last": linears[-1:], "first and last": (linears[0], linears[-1])}
+    kept = {"none": [], "first": linears[:1], "last": linears[-1:], "first and last": linears[:1] + linears[-1:]}
     skip = tuple(dict.fromkeys(kept[point.get("keep", "none")]))
     technique = WeightPrecision(point["format"], group_size=point.get("group", 32), skip=skip, tokens=tokens)
     return Recipe((*_narrowed(point, model), technique))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hasten.compress.export.check import EXACT, STEP, Exported, arguments, compare_outputs, outputs_of, placed
 from hasten.compress.export.reasons import first_line, fixed_batch, fresh, hushed, stopped_at, trace, untranslated
 from hasten.compress.export.rounding import float8_of, marked
+from hasten.compress.given import finite_parameters
 from hasten.compress.precision import PackedLinear
 from hasten.compress.quantize.base import Quantized
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerTensor
@@ -53,6 +54,7 @@ def export_onnx(
     :class:`~hasten.errors.ModelError` where something cannot be lowered (operator and layer are named) or the outputs
     differ; no file is left then.
     """
+    finite_parameters(model, "exported")
     onnx = _needed()
     given = arguments(example)
     stored = _stored(model)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hasten.compress.export.check import EXACT, Exported, arguments, compare_outputs, outputs_of, placed
 from hasten.compress.export.reasons import stopped_at, trace
+from hasten.compress.given import finite_parameters
 from hasten.compress.technique import exportable
 from hasten.errors import ModelError
 
@@ -32,6 +33,7 @@ def export_program(
     ...     export_program(nn.Linear(4, 2), torch.zeros(3, 4), f"{folder}/model.pt2").difference
     0.0
     """
+    finite_parameters(model, "exported")
     plain = exportable(model).eval()
     given = arguments(example)
     reference = outputs_of(plain, given)

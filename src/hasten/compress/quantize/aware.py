@@ -221,6 +221,10 @@ class QuantizeAware:
         if not calibration:
             raise ConfigurationError("training needs data; give batches of (inputs, labels), or inputs for distil")
         found = targets(model, self.layers, self.skip)
+        other = next((p for p in found.layers if model.get_submodule(p).weight.dtype is not torch.float32), None)
+        if other is not None:
+            kind = model.get_submodule(other).weight.dtype
+            raise ConfigurationError(f"layer {other!r} is {kind}, and training is in float32; give model.float()")
         trained = copy.deepcopy(model)
         folded = fold_batch_norm(trained)
         sizes = {path: _size(trained.get_submodule(path)) for path in found.layers}
