@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from hasten.clock import ManualClock
 from hasten.compress.lowrank.layers import FactorConv2d, LowRankLinear
-from hasten.compress.lowrank.maestro import Maestro, recalibrate
+from hasten.compress.lowrank.maestro import Family, Maestro, Member, recalibrate
 from hasten.compress.lowrank.ordered import OrderedConv2d, OrderedLinear, RankSampler, group_lasso
 from hasten.errors import ConfigurationError
 from hasten.testing.technique_kit import TechniqueKit
@@ -177,3 +178,25 @@ class TestKit(TechniqueKit):
         again = self.technique(model, [example])
         with torch.inference_mode():
             assert torch.equal(new(example), again(example))
+
+
+def test_a_family_is_asked_for_the_best_that_is_fast_enough():
+    clock = ManualClock()
+
+    class Takes(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            clock.advance(self.seconds)
+            return x
+
+    sizes = ((1.0, 0.004, 0.2), (0.5, 0.002, 0.3), (0.25, 0.0019, 0.25), (0.1, 0.0015, 0.9))
+    family = Family(Member(share, {}, loss, Takes(seconds)) for share, seconds, loss in sizes)
+    x = torch.zeros(1)
+    assert family.under("10ms", x, clock=clock).share == 1.0
+    assert family.under(0.0021, x, clock=clock).share == 0.25  # faster than its larger sister, and better
+    assert family.under("1.6ms", x, clock=clock).share == 0.1
+    with pytest.raises(ConfigurationError, match="the fastest of 4 sizes takes 1.5 ms, above 500 µs"):
+        family.under("0.5ms", x, clock=clock)

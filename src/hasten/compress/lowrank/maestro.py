@@ -12,12 +12,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.budget import format_quantity, parse_quantity
+from hasten.clock import Clock
 from hasten.compress.lowrank.cutting import batch_loss, cut_to, recalibrate, share_of, uses_of
 from hasten.compress.lowrank.moments import evaluating, output_sqnr
 from hasten.compress.lowrank.ordered import (
@@ -30,9 +33,14 @@ from hasten.compress.lowrank.ordered import (
 from hasten.compress.replace import replace_module
 from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
+from hasten.measure.counting import call
+from hasten.measure.latency import Protocol, compare
 from hasten.train.fit import fit
 
-__all__ = ["Maestro", "MaestroFit", "Member", "recalibrate"]
+__all__ = ["Family", "Maestro", "MaestroFit", "Member", "recalibrate"]
+
+_RULES = Protocol(warmup=2, warmup_time=0.0, min_samples=15, min_time=0.05, max_time=10.0)
+"""How sizes of a family are timed."""
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -257,6 +265,27 @@ class Member:
     """deployed"""
 
 
+class Family(list[Member]):
+    """Members from the largest to the smallest."""
+
+    def under(self, latency: float | str, example: Any, *, clock: Clock | None = None) -> Member:
+        """The member of the least loss whose median time for ``example`` is at most ``latency`` (seconds, or a text
+        such as ``2ms``), all measured in turns. Raises :class:`~hasten.errors.ConfigurationError` where none is.
+        """
+        limit = parse_quantity(latency, "time") if isinstance(latency, str) else float(latency)
+        calls = {str(i): partial(call, member.model.eval(), example) for i, member in enumerate(self)}
+        with torch.inference_mode():
+            samples = compare(calls, _RULES, clock=clock).samples
+        times = [samples[str(i)].median for i in range(len(self))]
+        fast = [member for member, time in zip(self, times, strict=True) if time <= limit]
+        if not fast:
+            raise ConfigurationError(
+                f"the fastest of {len(self)} sizes takes {format_quantity(min(times), 'time')}, above "
+                f"{format_quantity(limit, 'time')}; ask for smaller budgets, or for more time"
+            )
+        return min(fast, key=lambda member: member.loss)
+
+
 @dataclass(frozen=True)
 class MaestroFit:
     """What a training run found."""
@@ -297,7 +326,7 @@ class MaestroFit:
         *,
         step: float = 0.1,
         progress: Callable[[str, float], None] | None = None,
-    ) -> list[Member]:
+    ) -> Family:
         """Nested models whose decomposed layers take these shares of the dense multiply-adds, without training.
 
         Greedy: the ``step`` of components goes whose loss on ``calibrate`` (batches of inputs and labels: training
@@ -308,7 +337,7 @@ class MaestroFit:
         work = copy.deepcopy(self.whole)
         layers = ordered_layers(work)
         uses = uses_of(work, calibrate[0][0])
-        members: list[Member] = []
+        members = Family()
         start = share_of(layers, uses)
 
         def tell(now: float) -> None:
@@ -342,8 +371,6 @@ def _inputs(model: nn.Module, example: Any, rows: int) -> dict[str, Tensor]:
 
 
 def _dense_is_faster(layer: Any, rank: int, x: Tensor) -> bool:
-    from hasten.measure import Protocol, compare
-
     one, two = layer.deployed(rank, True).eval(), layer.deployed(rank, False).eval()
     rules = Protocol(warmup=2, warmup_time=0.0, min_samples=9, max_samples=200, min_time=0.02)
     with torch.inference_mode():
