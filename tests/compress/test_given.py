@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from hasten.compress import (
     FusedNetwork,
     Int8Network,
     MagnitudePruning,
+    Plan,
     Quantize,
+    Recipe,
     TruncatedSvd,
     WeightPrecision,
+    container,
     given,
     sqnr,
 )
@@ -24,8 +28,10 @@ from hasten.compress.acm import ACM
 from hasten.compress.deep import DeepCompression
 from hasten.compress.given import run_example
 from hasten.compress.lowrank.svdquant import SvdQuant
-from hasten.compress.quantize import Gptq, QuantizeAware
+from hasten.compress.quantize import Gptq, Int, PerChannel, PerTensor, QuantizeAware
 from hasten.errors import ConfigurationError, DataError
+from hasten.frozen import load
+from hasten.nn.product.instructions import has_bytes
 from hasten.tune import tune
 from hasten.tune.model import fidelity
 
@@ -178,3 +184,96 @@ def test_what_a_search_is_given_is_looked_at_first() -> None:
         given.finite_parameters(model, "tuned")
     with pytest.raises(ConfigurationError, match=r"answers data\[0\] with NaN"):
         given.answers(model, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("technique", "plan", "said"),
+    [
+        (WeightPrecision("int8"), {"9": "int8-weight"}, "names layer '9', and Sequential has none"),
+        (WeightPrecision("int8"), {"0": "nokernel"}, "'nokernel' for layer '0' of 128 x 64, where int8 runs on int8-"),
+        (WeightPrecision("int8"), {"0": "int4-g32"}, "'int4-g32' for layer '0'"),
+        (Quantize.scheme("W8A16"), {"9": "kept"}, "names layer '9', and Sequential has none"),
+        (
+            Quantize.scheme("W8A16"),
+            {"0": "int8 on int4-g32"},
+            "'int4-g32' for layer '0' of 128 x 64, which",
+        ),
+        (FusedNetwork(), {"9": "fp32"}, "names layer '9', and Sequential has none"),
+    ],
+)
+def test_a_plan_of_another_model_or_machine(technique: Any, plan: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"apply the recipe without its plan") as caught:
+        Recipe((technique,), Plan((plan,))).apply(_model())
+    assert said in str(caught.value)
+
+
+def test_a_kernel_is_never_given_a_shape_that_it_does_not_take() -> None:
+    """torch's kernels read whole vectors and do not all check: such a plan would read beyond the weight."""
+    with pytest.raises(ConfigurationError, match="'int8-weight' for layer '0' of 5 x 7, where int8 runs on no kernel"):
+        Recipe((WeightPrecision("int8"),), Plan(({"0": "int8-weight"},))).apply(nn.Sequential(nn.Linear(7, 5)))
+
+
+SMALL = {
+    "weight": WeightPrecision("int8", only_faster=False),
+    "four": WeightPrecision("int4", only_faster=False),
+    "bytes": Quantize.scheme("W8A8", real="always"),
+    "static": Quantize(Int(8, PerChannel(0)), Int(8, PerTensor(), symmetric=False), real="always"),
+    "kernel": Quantize.scheme("W8A16", real="always"),
+    "svdquant": SvdQuant(rank=4, group=32, grid=2, iterations=0),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_a_compressed_layer_is_called_with(name: str) -> None:
+    """Whole numbers would cut the result to whole numbers, and bytes hold no NaN: both came out as if all were well."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 64)
+    small = SMALL[name](_model(), [x])
+    for bad in (x.long(), x[:, :32], torch.tensor(1.0)):
+        with pytest.raises(ConfigurationError, match=r"a layer of 64 inputs was given .* give floats \(…, 64\)"):
+            small(bad)
+    with torch.no_grad():
+        expected = small(x)
+        assert torch.equal(small(x.T.contiguous().T), expected)  # whatever way the rows lie
+        broken = x.clone()
+        broken[3, 5] = torch.nan
+        found = small(broken)
+        assert bool(found[3].isnan().any())
+        assert torch.equal(found[:3], expected[:3])
+        assert small(x[:0]).shape == (0, 64)
+    if name == "svdquant":
+        assert small(x.requires_grad_()).sum().requires_grad
+
+
+@pytest.mark.skipif(not has_bytes(), reason="this processor has no vpdpbusd")
+def test_an_image_without_numbers_stays_one() -> None:
+    torch.manual_seed(0)
+    head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8))
+    x = torch.rand(20, 3, 8, 8)
+    small = Int8Network(only_faster=False)(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *head).eval(), [x])
+    expected = small(x)
+    x[4, 1, 2, 3] = torch.nan
+    found = small(x)
+    assert bool(found[4].isnan().all())
+    assert torch.equal(found[:4], expected[:4])
+    assert torch.equal(found[5:], expected[5:])
+
+
+def test_knobs_of_another_kind_in_a_file() -> None:
+    knobs = {"truncated-svd": "ratio: many", "weight-precision": "tokens: many", "quantize": "steps: 3"}
+    for technique, knob in knobs.items():
+        with pytest.raises(ConfigurationError, match=f"{technique} does not take .*; give knobs of their kinds"):
+            Recipe.from_yaml(f"version: 1\ntechniques:\n- technique: {technique}\n  {knob}\n")
+    with pytest.raises(ConfigurationError, match=r"2\.5 bits is not known"):
+        Int(2.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="damp nan"):
+        Gptq(damp=float("nan"))
+
+
+def test_a_frozen_network_says_what_it_does_not_take(tmp_path: Path) -> None:
+    container.save(_model(), tmp_path, (torch.zeros(2, 64),))
+    frozen = load(tmp_path)
+    for bad in (np.zeros((2, 5), np.float32), np.array("x")):
+        with pytest.raises(ConfigurationError, match="the model does not take") as caught:
+            frozen(bad)
+        assert "\n" not in str(caught.value)

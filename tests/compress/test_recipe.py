@@ -42,7 +42,7 @@ def test_an_empty_recipe_is_the_model_itself() -> None:
 
 def test_a_plan_for_another_machine_names_the_kernel() -> None:
     recipe = Recipe((WeightPrecision("int8"),), Plan(({"0": "int8-from-elsewhere"},)))
-    with pytest.raises(ConfigurationError, match="no kernel 'int8-from-elsewhere' here"):
+    with pytest.raises(ConfigurationError, match="the plan has 'int8-from-elsewhere' for layer '0'"):
         recipe.apply(nn.Sequential(nn.Linear(64, 64)))
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "finite_parameters",
     "finite_weight",
     "fitting",
+    "planned_for",
     "run_example",
     "unfit",
 ]
@@ -143,6 +144,17 @@ def fitting(technique: str, model: Any, calibration: Any, name: str = "calibrati
             if tensors and all(t.numel() == 0 for t in tensors):
                 raise DataError(f"{which} of shape {_shapes(example)} holds no sample; remove it")
             finite_example(example, which)
+
+
+def planned_for(model: nn.Module, plan: Mapping[str, str]) -> None:
+    """Raises :class:`~hasten.errors.ConfigurationError` for a plan that names a layer which the model does not have."""
+    paths = {path for path, _ in model.named_modules()}
+    strange = sorted(set(plan) - paths)
+    if strange:
+        raise ConfigurationError(
+            f"the plan names layer {strange[0]!r}, and {type(model).__name__} has none; give the model that it was "
+            "made for, or apply the recipe without its plan"
+        )
 
 
 def unfit(model: nn.Module, calibration: Any, error: Exception) -> None:

@@ -99,7 +99,7 @@ def _pack_rows(weight: Tensor) -> Packed:
 
 def _run_rows_bf16(x: Tensor, packed: Packed) -> Tensor:
     codes, scale = packed.tensors
-    result = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16), codes, scale.to(torch.bfloat16))
+    result = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, scale.to(torch.bfloat16))
     return result.to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -122,7 +122,8 @@ def _pack_groups(group: int) -> Callable[[Tensor], Packed]:
 
 def _run_groups(x: Tensor, packed: Packed) -> Tensor:
     stored, both = packed.tensors
-    result = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), stored, packed.group, both)
+    rows = x.to(torch.bfloat16).contiguous()
+    result = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, stored, packed.group, both)
     return result.to(x.dtype)  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigurationError
 
-__all__ = ["LinearKernel", "Packed", "from_plain", "to_plain"]
+__all__ = ["LinearKernel", "Packed", "from_plain", "rows_for", "to_plain"]
 
 _OPAQUE = "bf16-packed"
 """Laid out by oneDNN in a tensor that cannot be written down; its bfloat16 numbers can, and give the same layout."""
@@ -79,6 +79,16 @@ class LinearKernel:
 
     def __repr__(self) -> str:
         return f"LinearKernel({self.name!r})"
+
+
+def rows_for(x: Tensor, inner: int) -> Tensor:
+    """x (…, inner) as rows (rows, inner). Raises :class:`~hasten.errors.ConfigurationError` for another width, and for
+    whole numbers, which the result would be cut to."""
+    if x.dim() == 0 or x.shape[-1] != inner or not x.is_floating_point():
+        raise ConfigurationError(
+            f"a layer of {inner} inputs was given {x.dtype} of shape {tuple(x.shape)}; give floats (…, {inner})"
+        )
+    return x.reshape(-1, inner)
 
 
 def to_plain(packed: Packed, name: str) -> dict[str, Tensor]:

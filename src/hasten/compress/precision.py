@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from hasten.clock import Clock
 from hasten.compress import kernels
-from hasten.compress.given import finite_weight, run_example
-from hasten.compress.packed import from_plain, to_plain
+from hasten.compress.given import finite_weight, planned_for, run_example
+from hasten.compress.packed import from_plain, rows_for, to_plain
 from hasten.compress.replace import replace_module, told_of
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
@@ -66,7 +66,7 @@ class PackedLinear(nn.Module):
                 f"a layer packed on {self.packed.device} was given an input on {x.device}; move the model to the "
                 "device on which it shall run before it is compressed"
             )
-        rows = x.reshape(-1, self.in_features)
+        rows = rows_for(x, self.in_features)
         result = self._run(rows, self.packed)
         if self.bias is not None:
             result = result + self.bias.to(result.dtype)
@@ -169,6 +169,7 @@ class WeightPrecision:
         clock: Clock | None = None,
     ) -> nn.Module:
         """As a call, but layers that ``plan`` names (layer -> kernel or ``kept``) follow it without measuring."""
+        planned_for(model, plan)
         clone = copy.deepcopy(model)
         reports: list[LayerReport] = []
         shared = _shared_weights(clone)
@@ -236,6 +237,12 @@ class WeightPrecision:
         shape = (layer.out_features, layer.in_features)
         size = layer.weight.numel() * layer.weight.element_size()
         if planned is not None:
+            fitting_kernels = self._candidates(shape, layer.weight.device)
+            if planned != "kept" and planned not in fitting_kernels:
+                raise ConfigurationError(
+                    f"the plan has {planned!r} for layer {path!r} of {shape[0]} x {shape[1]}, where {self.format} runs "
+                    f"on {', '.join(fitting_kernels) or 'no kernel'} here; apply the recipe without its plan"
+                )
             return LayerReport(path, planned, "as planned", size, size)
         if id(layer.weight) in shared:
             return LayerReport(path, "kept", "its weight is shared with another layer", size, size)

@@ -195,7 +195,11 @@ def from_dict(entry: dict[str, Any]) -> Technique:
     missing = sorted(f.name for f in fields(cls) if f.name not in knobs and default_of(f) is MISSING)
     if missing:
         raise ConfigurationError(f"{name} needs {', '.join(missing)}; add the knob to the recipe")
-    technique: Technique = cls(**knobs)
+    try:
+        technique: Technique = cls(**knobs)
+    except (TypeError, AttributeError) as error:
+        told = ", ".join(f"{k}: {v!r}" for k, v in entry.items() if k != "technique")
+        raise ConfigurationError(f"{name} does not take {told} ({error}); give knobs of their kinds") from error
     return technique
 
 

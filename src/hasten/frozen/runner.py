@@ -70,12 +70,18 @@ class Frozen:
             )
         values = dict(self._known)
         values.update(zip(self._inputs, arrays, strict=True))
-        for function, args, named, slot, done in self._steps:
-            values[slot] = (
-                function(*_fill(args, values), **_fill(named, values)) if named else function(*_fill(args, values))
-            )
-            for old in done:
-                del values[old]
+        try:
+            for function, args, named, slot, done in self._steps:
+                values[slot] = (
+                    function(*_fill(args, values), **_fill(named, values)) if named else function(*_fill(args, values))
+                )
+                for old in done:
+                    del values[old]
+        except (ValueError, TypeError, IndexError) as error:
+            shapes = ", ".join(f"{a.shape} {a.dtype}" for a in arrays)
+            raise ConfigurationError(
+                f"the model does not take {shapes} ({str(error).splitlines()[0]}); give inputs as it was saved with"
+            ) from error
         found = _fill(self._outputs, values)
         return found[0] if len(found) == 1 else tuple(found)
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from hasten.clock import Clock
 from hasten.compress.acm.module import AdaptiveComputation
 from hasten.compress.fused.network import INPUTS, FusedModule, cannot_run
-from hasten.compress.given import finite_parameters
+from hasten.compress.given import finite_parameters, planned_for
 from hasten.compress.technique import LayerReport, TechniqueReport, register, sqnr
 from hasten.errors import ConfigurationError
 from hasten.measure.latency import Protocol, compare
@@ -79,6 +79,7 @@ class FusedNetwork:
         clock: Clock | None = None,
     ) -> nn.Module:
         """As a call; a plan is followed without measuring, and without calibration too."""
+        planned_for(model, plan)
         finite_parameters(model, "run in one call")
         copied = copy.deepcopy(model)
         layers = [(n, m) for n, m in model.named_modules() if _holds(m)]

@@ -55,8 +55,9 @@ class IntegerNetwork(nn.Module):
         threads = min(batch, torch.get_num_threads())
         self._prepare(threads)
         images = np.ascontiguousarray(x.detach().numpy(), np.float32)
+        lost = np.isnan(images.reshape(batch, -1).min(1)) if images.size else np.zeros(batch, bool)
         if self.lowered.output is not None:
-            return self._feature_maps(images)
+            return _without(self._feature_maps(images), lost)
         outs = np.empty((batch, program.floats), np.float32)
         if threads <= 1:
             self._run(images, outs, 0)
@@ -67,6 +68,7 @@ class IntegerNetwork(nn.Module):
             self._run(images[parts[0]], outs[parts[0]], 0)
             for job in rest:
                 job.result()
+        outs[lost] = np.nan  # a byte holds no NaN: such an image would come out as numbers
         return self._shaped(torch.from_numpy(outs))
 
     def _prepare(self, threads: int) -> None:
@@ -146,3 +148,8 @@ class IntegerNetwork(nn.Module):
         """For ``print(model)``."""
         count = len(self.lowered.operations)
         return f"{count} operations, {self.program.macs / 1e6:.1f} M multiply-adds, images {self.image_shape}"
+
+
+def _without(results: Tensor, lost: Any) -> Tensor:
+    results[torch.from_numpy(lost)] = torch.nan
+    return results

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from hasten.compress.float8 import Float8Buffers
 from hasten.compress.lowrank.absorb import activation_format, weight_format
+from hasten.compress.packed import rows_for
 from hasten.compress.quantize.base import Format
 from hasten.errors import ConfigurationError
 
@@ -135,8 +136,9 @@ class SvdQuantLinear(Float8Buffers):
         """The four-bit weight as float32 (out, in); kept once made."""
         if self._residual is None or self._residual.device != self.codes.device:
             fmt = weight_format(self.form, self.bits, self.group)
-            scales = self.scales.float() if self.outer is None else self.scales.float() * self.outer
-            self._residual = fmt.decode(unpack_codes(self.codes, signed=self.form == "int4"), scales)
+            with torch.inference_mode(False), torch.no_grad():  # kept for calls of any mode
+                scales = self.scales.float() if self.outer is None else self.scales.float() * self.outer
+                self._residual = fmt.decode(unpack_codes(self.codes, signed=self.form == "int4"), scales)
         return self._residual
 
     def effective_weight(self) -> Tensor:
@@ -146,7 +148,7 @@ class SvdQuantLinear(Float8Buffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out) in the type of x."""
-        rows = x.reshape(-1, self.in_features)
+        rows = rows_for(x, self.in_features)
         made = self._fast(rows) if self.execution == "fast" else self._exact(rows)
         return made.view(*x.shape[:-1], self.out_features)
 

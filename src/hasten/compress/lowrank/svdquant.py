@@ -119,7 +119,7 @@ class SvdQuant:
             members = [found[n] for n in names]
             self._check(names, members, len(inputs[names[0]]))
             stacked = torch.cat([m.weight.detach() for m in members])
-            x = inputs.pop(names[0])
+            x = inputs.pop(names[0]).clone()  # what was seen in inference mode takes no part in gradients
             made = absorb(
                 stacked, x, rank=self.rank, form=self.format, bits=self.bits, group=self.group, grid=self.grid,
                 iterations=self.iterations, use_gptq=self.gptq, shift=self.shift, dtype=_DTYPES[self.branch],

@@ -46,7 +46,7 @@ class Int(Format):
     """symmetric only: use the code -2^(b-1) too"""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 16:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             raise ConfigurationError(f"an integer of {self.bits} bits is not known; give 2 … 16, or Binary for one bit")
         if isinstance(self.granularity, PerToken) and not self.dynamic:
             raise ConfigurationError("PerToken ranges differ in each call; write Int(bits, PerToken(), dynamic=True)")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hasten.compress.float8 import Float8Buffers
+from hasten.compress.packed import rows_for
 from hasten.compress.quantize.base import Format, Quantized, at_least_float
 from hasten.compress.quantize.compact import expand, shrink
 from hasten.compress.quantize.granularity import PerChannel, PerGroup, PerToken
@@ -179,12 +180,13 @@ class IntegerLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out) in the dtype of ``x``."""
-        rows = at_least_float(x.reshape(-1, self.in_features))
+        rows = at_least_float(rows_for(x, self.in_features))
         fmt = self.activation.format
         scale, zero = self.activation.scale, self.activation.zero
+        largest = rows.amax(1, keepdim=True)
         if scale is None:
             if isinstance(fmt.granularity, PerToken) and isinstance(fmt, Int) and fmt.symmetric:
-                top = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
+                top = torch.maximum(largest, -rows.amin(1, keepdim=True))
                 scale, zero = fmt.parameters(-top, top)
             else:
                 scale, zero = fmt.find(rows)
@@ -195,6 +197,7 @@ class IntegerLinear(QuantizedLayer):
         if zero is not None:
             total = total - zero.to(torch.int32) * self.sums
         result = (total * scale).mul_(self.scales)
+        result += largest * 0  # a byte holds no NaN and no infinity: a row with one would come out as numbers
         if self.bias is not None:
             result += self.bias
         return result.to(x.dtype).reshape(*x.shape[:-1], self.out_features)

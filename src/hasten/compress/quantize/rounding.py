@@ -44,7 +44,7 @@ class Gptq(Step):
     """columns in falling order of the diagonal"""
 
     def __post_init__(self) -> None:
-        if self.damp < 0 or self.block < 1:
+        if not 0 <= self.damp < math.inf or self.block < 1:
             raise ConfigurationError(f"damp {self.damp} and block {self.block} must be positive")
 
     def round(self, layer: Layer) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hasten.clock import Clock
+from hasten.compress.given import planned_for
 from hasten.compress.precision import _loss
 from hasten.compress.quantize import realise as real
 from hasten.compress.quantize.base import Format
@@ -168,6 +169,7 @@ class Quantize:
     ) -> nn.Module:
         """As a call; layers that ``plan`` names (layer -> action of a report) take that kernel without measuring."""
         told = progress or (lambda stage, share: None)
+        planned_for(model, plan)
         found = targets(model, self.layers, self.skip, self.kinds)
         data = Calibration(calibration) if calibration else None
         self._check(data)
@@ -333,6 +335,14 @@ class Quantize:
                 action = report.action
                 result.append(replace(report, action=action, reason=f"simulated: {reason}", speedup=speedup))
                 continue
+            inputs = layer.activation.format if layer.activation is not None else None
+            shape = (layer.matrix[0], layer.matrix[1])
+            possible = real.candidates(layer.format, inputs, shape, next(layer.buffers()).device)
+            if kernel not in possible:
+                raise ConfigurationError(
+                    f"the plan has {kernel!r} for layer {report.layer!r} of {shape[0]} x {shape[1]}, which "
+                    f"{', '.join(possible) or 'no kernel'} runs here; apply the recipe without its plan"
+                )
             made: QuantizedLayer = real.realise(layer, kernel)
             work.model = put(work.model, report.layer, made)
             size = made.packed_bytes + _bias_bytes(made)
