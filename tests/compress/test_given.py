@@ -21,6 +21,7 @@ from hasten.compress import (
     TruncatedSvd,
     WeightPrecision,
     container,
+    export_program,
     given,
     sqnr,
 )
@@ -32,7 +33,7 @@ from hasten.compress.quantize import Gptq, Int, PerChannel, PerTensor, QuantizeA
 from hasten.errors import ConfigurationError, DataError
 from hasten.frozen import load
 from hasten.nn.product.instructions import has_bytes
-from hasten.tune import tune
+from hasten.tune import Knob, Space, tune
 from hasten.tune.model import fidelity
 
 TECHNIQUES: dict[str, Any] = {
@@ -146,7 +147,6 @@ def test_the_layer_without_variance_is_named() -> None:
 def test_a_search_refuses_the_model_and_survives_a_recipe() -> None:
     from hasten.compress import Recipe
     from hasten.measure import Protocol
-    from hasten.tune import Knob, Space
 
     model, data = _model(), [torch.randn(4, 64)]
     recipe = Recipe((Quantize.scheme("W4A16", steps=(Gptq(),)),))
@@ -277,3 +277,30 @@ def test_a_frozen_network_says_what_it_does_not_take(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="the model does not take") as caught:
             frozen(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_overrides_of_no_layer() -> None:
+    with pytest.raises(ConfigurationError, match="overrides= names 'nosuch.*', which is no layer"):
+        Quantize(Int(8), overrides=(("nosuch.*", Int(4)),), real="never")(_model())
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"budget": 5}, "budget is 5; give a text such as"),
+        ({"calibration": torch.zeros(4, 64)}, "calibration is a Tensor; give tune a list"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"space": Space(())}, "space has no knob 'format'"),
+        ({"power": -1.0}, "power is -1.0; give the watts"),
+    ],
+)
+def test_what_a_search_does_not_take(named: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        tune(_model(), [torch.zeros(4, 64)], **{"budget": "quality>1%", **named})
+    assert said in str(caught.value)
+
+
+def test_an_example_that_an_export_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the example of shape \(2, 5\) does not fit the model"):
+        export_program(_model(), torch.zeros(2, 5), tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())

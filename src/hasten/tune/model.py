@@ -356,7 +356,14 @@ def tune(
     """
     if isinstance(budget, str):
         budget = Budget.parse(budget)
+    if not isinstance(budget, Budget):
+        raise ConfigurationError(f'budget is {budget!r}; give a text such as "p99<5ms, quality>99%", or a Budget')
     fitting("tune", model, data, "data")
+    fitting("tune", model, calibration)
+    if tokens is not None and tokens < 1:
+        raise ConfigurationError(f"tokens is {tokens}, and a layer sees at least one row; give 1 or more")
+    if space is not None and not any(k.name == "format" for k in space.knobs):
+        raise ConfigurationError("space has no knob 'format'; give Knob('format', ('unchanged', …)), or leave it out")
     if not data:
         raise ConfigurationError("tuning needs at least one example; give data=[example]")
     unknown = sorted({b.metric for b in budget.bounds} - _MEASURED)

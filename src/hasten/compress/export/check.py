@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hasten.compress.given import run_example
 from hasten.errors import ConfigurationError, DataError, ModelError
-from hasten.measure.counting import call
 
 __all__ = ["Exported", "arguments", "compare_outputs", "outputs_of", "placed"]
 
@@ -67,7 +67,7 @@ def arguments(example: Any) -> tuple[Any, ...]:
 def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point outputs of a call."""
     with torch.inference_mode():
-        return _floats(call(model, example))
+        return _floats(run_example(model, example, which="the example"))
 
 
 def _floats(tree: Any) -> list[Tensor]:

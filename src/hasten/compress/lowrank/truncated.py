@@ -121,6 +121,8 @@ class TruncatedSvd:
                 progress("decomposing", 0.5 + 0.5 * (index + 1) / len(found))
         changed = sum(r.touched for r in reports)
         notes = [f"{changed} of {len(reports)} layers are products of two; each is two calls where one was"]
+        if not reports:
+            notes = [f"no layer to factor matches {', '.join(self.layers)}; the model is unchanged"]
         if calibration:
             scarce, cut = Scarcity(), [r.layer for r in reports if r.touched and r.layer in moments]
             scarce.rows("TruncatedSvd", {n: moments[n].count for n in cut}, {n: found[n].in_features for n in cut})

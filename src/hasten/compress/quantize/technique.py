@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
 import torch
@@ -171,6 +172,10 @@ class Quantize:
         told = progress or (lambda stage, share: None)
         planned_for(model, plan)
         found = targets(model, self.layers, self.skip, self.kinds)
+        paths = [path for path, _ in model.named_modules()]
+        idle = next((p for p, _ in self.overrides if not any(fnmatchcase(path, p) for path in paths)), None)
+        if idle is not None:
+            raise ConfigurationError(f"overrides= names {idle!r}, which is no layer; the first are {paths[1:6]}")
         data = Calibration(calibration) if calibration else None
         self._check(data)
         work = Work(copy.deepcopy(model), list(found.layers), self.weight, self.activation, data, self.seed, told=told)
@@ -204,8 +209,6 @@ class Quantize:
 
     def format_of(self, path: str) -> Format | None:
         """Weight format of the layer at ``path``."""
-        from fnmatch import fnmatchcase
-
         return next((f for pattern, f in self.overrides if fnmatchcase(path, pattern)), self.weight)
 
     def _check(self, data: Calibration | None) -> None:
