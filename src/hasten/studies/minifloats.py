@@ -248,8 +248,10 @@ def accuracy_and_hardware(scale: Scale) -> Iterator[Check]:
         whole_numbers += sum(c.integer for c in chosen)
         count += len(chosen)
         flip = front.break_even(worst=least)
-        edge = "at no factor" if flip is None else f"below {flip:.2f} times"
-        notes.append(f"{told}: {', '.join(c.weight.label.split()[0] for c in chosen)} (flips {edge})")
+        edge = "flips at no factor" if flip is None else f"flips below {flip:.2f} times"
+        if flip is not None and flip >= 1:
+            edge = "floats are half as it is"
+        notes.append(f"{told}: {', '.join(c.weight.label.split()[0] for c in chosen)} ({edge})")
     yield Check.at_least(
         "share of integers on the fronts of accuracy over LUTs", whole_numbers / max(count, 1), 0.5 + 1e-9, "",
         "within 5 points of float32; flips: factor on the floats' own hardware at which floats are half of the front; "
