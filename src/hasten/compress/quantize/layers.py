@@ -196,8 +196,8 @@ class IntegerLinear(QuantizedLayer):
         total = byte_product(fmt.encode(rows, scale, zero), self.codes)
         if zero is not None:
             total = total - zero.to(torch.int32) * self.sums
-        result = (total * scale).mul_(self.scales)
-        result += largest * 0  # a byte holds no NaN and no infinity: a row with one would come out as numbers
+        # A byte holds no NaN and no infinity: without them in the scale such a row would come out as numbers.
+        result = (total * (scale + largest * 0)).mul_(self.scales)
         if self.bias is not None:
             result += self.bias
         return result.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
