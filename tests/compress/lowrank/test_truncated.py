@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hasten.compress import Recipe
 from hasten.compress.lowrank.truncated import TruncatedSvd, weighted_factors
 from hasten.errors import ConfigurationError
 from hasten.testing.technique_kit import TechniqueKit
@@ -30,6 +31,17 @@ def test_conv_and_shared_weights():
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     tied[1].weight = tied[0].weight
     assert not TruncatedSvd(ratio=0.5)(tied).report.touched
+
+
+def test_a_plan_weighed_by_inputs_needs_them_again():
+    model, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(64, 32)
+    made, plan = Recipe((TruncatedSvd(ratio=0.5),)).apply(model, [x])
+    again, _ = (recipe := Recipe((TruncatedSvd(ratio=0.5),), plan)).apply(model, [x])
+    assert torch.equal(made(x), again(x))
+    with pytest.raises(ConfigurationError, match="'0' that were weighed by inputs; give calibration"):
+        recipe.apply(model)
+    _, plain = Recipe((TruncatedSvd(ratio=0.5),)).apply(model)
+    Recipe((TruncatedSvd(ratio=0.5),), plain).apply(model)
 
 
 @pytest.mark.parametrize(

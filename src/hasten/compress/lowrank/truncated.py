@@ -9,7 +9,7 @@ decomposition, and of ranks that are trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -26,6 +26,9 @@ from hasten.compress.technique import LayerReport, TechniqueReport, register
 from hasten.errors import ConfigurationError
 
 __all__ = ["TruncatedSvd", "weighted_factors"]
+
+_WEIGHED = ", weighed by inputs"
+"""In a plan: these factors follow from calibration too."""
 
 
 def weighted_factors(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
@@ -88,6 +91,24 @@ class TruncatedSvd:
         progress: Callable[[str, float], None] | None = None,
     ) -> nn.Module:
         """A new module with a ``report``; calibration weighs the inputs of linear layers, and may be left out."""
+        return self.apply(model, {}, calibration, progress=progress)
+
+    def apply(
+        self,
+        model: nn.Module,
+        plan: Mapping[str, str],
+        calibration: Sequence[Any] | None = None,
+        *,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> nn.Module:
+        """As calling it. Raises :class:`~hasten.errors.ConfigurationError` for a plan whose factors were weighed by
+        inputs where there are none now: they would be others."""
+        weighed = next((n for n, action in plan.items() if action.endswith(_WEIGHED)), None)
+        if weighed is not None and not calibration:
+            raise ConfigurationError(
+                f"the plan has factors of {weighed!r} that were weighed by inputs; give calibration, or apply the "
+                "recipe without its plan"
+            )
         require_cpu(model)
         clone = copy.deepcopy(model)
         owners: dict[int, int] = {}
@@ -144,7 +165,8 @@ class TruncatedSvd:
         matrix = None if moment is None or moment.count == 0 else moment.mean
         up, down, error = weighted_factors(weight, rank, matrix)
         after = rank * (out + inner) * layer.weight.element_size()
-        report = LayerReport(name, f"rank {rank}", f"of {limit}", size, after, error=error)
+        action = f"rank {rank}" + ("" if matrix is None else _WEIGHED)
+        report = LayerReport(name, action, f"of {limit}", size, after, error=error)
         if isinstance(layer, nn.Conv2d):
             return report, FactorConv2d.from_factors(layer, up, down)
         dtype = layer.weight.dtype
