@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import importlib
 import json
+import os
+import threading
 
 import pytest
 
 from hasten.clock import ManualClock
 from hasten.errors import ConfigurationError
 from hasten.measure import Protocol, compare, latency
+from hasten.measure.machine import waited
 
 
 def test_times_are_what_the_clock_says() -> None:
@@ -96,3 +101,37 @@ def test_nonsense_is_refused() -> None:
         compare({})
     with pytest.raises(ConfigurationError, match="not a protocol"):
         Protocol(min_samples=0)
+
+
+def test_who_waits_for_a_core_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stood = iter([10.0, 10.0 + 3600.0, 5.0, 5.0])
+    module = importlib.import_module("hasten.measure.latency")  # the package has a function of that name
+    monkeypatch.setattr(module, "waited", lambda: next(stood))
+    beside, alone = (compare({"a": int}, Protocol(min_samples=3, max_samples=3, min_time=0.0)) for _ in range(2))
+    assert beside.disturbed
+    assert beside.to_json()["waited"] == beside.waited
+    assert not alone.disturbed
+    assert alone.waited == 0
+
+
+def test_waiting_grows_when_threads_outnumber_cores() -> None:
+    before = waited()
+    if before is None:
+        pytest.skip("this system does not tell")
+    block, met = bytes(2**24), threading.Barrier(4 * (os.cpu_count() or 1) + 1)
+
+    def work() -> None:
+        hashlib.sha256(block)  # without the interpreter's lock
+        met.wait()
+        met.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(met.parties - 1)]
+    for thread in threads:
+        thread.start()
+    met.wait()  # a thread that has ended is not counted any more
+    after = waited()
+    met.wait()
+    for thread in threads:
+        thread.join()
+    assert after is not None
+    assert after > before

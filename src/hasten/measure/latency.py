@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from hasten.clock import Clock, MonotonicClock
 from hasten.errors import ConfigurationError
-from hasten.measure.machine import load_average
+from hasten.measure.machine import load_average, waited
 from hasten.measure.stats import Estimate, Summary, paired_ratio, summarise
 
 __all__ = ["Comparison", "LatencySample", "Protocol", "compare", "latency"]
@@ -109,6 +110,13 @@ class Comparison:
 
     samples: dict[str, LatencySample]
     """by name, the baseline first; sample i of each was taken in round i"""
+    waited: float = 0.0
+    """seconds in each second that threads stood ready without a core: what other work took"""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other work took so much of the cores that ratios may differ on an idle machine."""
+        return self.waited > _DISTURBED
 
     @property
     def baseline(self) -> str:
@@ -134,10 +142,14 @@ class Comparison:
         others = [n for n in self.samples if n != self.baseline]
         return {
             "baseline": self.baseline,
+            "waited": self.waited,
             "samples": {n: s.to_json() for n, s in self.samples.items()},
             "speedup": {n: self.speedup(n).to_json() for n in others},
             "verdict": [self.verdict(n) for n in others],
         }
+
+
+_DISTURBED = 0.2
 
 
 @contextmanager
@@ -205,6 +217,7 @@ def compare(
     times: dict[str, list[float]] = {n: [] for n in calls}
     order, rng = list(calls), random.Random(protocol.seed)
     before, began = load_average(), clock.now()
+    stood, real = waited(), time.perf_counter()
     deadline = began + protocol.max_time
     with _collector_off():
         warm = {n: _warm(c, protocol, clock, deadline) for n, c in calls.items()}
@@ -226,10 +239,12 @@ def compare(
             if clock.now() >= deadline:
                 truncated = True
                 break
-    load = (before, load_average())
-    return Comparison({
-        n: LatencySample(n, tuple(times[n]), tuple(warm[n][0]), warm[n][1], load, truncated) for n in calls
-    })  # fmt: skip
+    load, real, end = (before, load_average()), time.perf_counter() - real, waited()
+    lost = 0.0 if stood is None or end is None else max(0.0, end - stood)
+    return Comparison(
+        {n: LatencySample(n, tuple(times[n]), tuple(warm[n][0]), warm[n][1], load, truncated) for n in calls},
+        round(lost / real, 3) if real > 0 else 0.0,
+    )
 
 
 def _synchronised(call: Callable[[], object], barrier: Callable[[], object] | None) -> Callable[[], object]:

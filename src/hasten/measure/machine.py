@@ -7,6 +7,7 @@ filed under the hash, so a new machine or a new torch measures again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Machine", "busy", "load_average"]
+__all__ = ["Machine", "busy", "load_average", "waited"]
 
 _ISA = (
     "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
@@ -30,6 +31,21 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
         return None
+
+
+def waited() -> float | None:
+    """Seconds that this process's threads have stood ready without a core, added up; None where Linux does not tell.
+
+    Between two calls it grows by what other work took: unlike a load average it leaves out the process's own.
+    """
+    total = 0
+    try:
+        for task in os.scandir("/proc/self/task"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                total += int(Path(task.path, "schedstat").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return total / 1e9
 
 
 def _cpuinfo() -> tuple[str, tuple[str, ...]]:

@@ -100,7 +100,16 @@ class TuneResult:
         rest = (
             "" if self.points is None or tried >= self.points else f" ({tried} of {self.points} candidates were tried)"
         )
-        return self._sentence() + rest
+        return self._sentence() + self._beside() + rest
+
+    def _beside(self) -> str:
+        """What other work took of the cores, where it was much: ratios may be others on an idle machine."""
+        if self.comparison is None or not self.comparison.disturbed:
+            return ""
+        return (
+            f"; threads waited for a core {self.comparison.waited:.1f} s of each second, so other work ran beside: on "
+            "an idle machine ratios may differ"
+        )
 
     def _sentence(self) -> str:
         if self.best is None:
