@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["show_formats", "widths_of"]
+__all__ = ["compare_formats", "widths_of"]
 
 
 def widths_of(text: str) -> list[int]:
@@ -29,30 +29,40 @@ def widths_of(text: str) -> list[int]:
     return found
 
 
-def show_formats(
+def compare_formats(
     console: Console,
-    module: Any,
-    example: Any,
-    widths: list[int],
+    target: str,
+    widths: str,
+    shapes: list[str] | None,
+    dtype: str,
     *,
-    calibration: list[Any] | None = None,
-    data: list[Any] | None = None,
+    calibration: Path | None = None,
+    data: Path | None = None,
     report: Path | None = None,
     json: bool = False,
 ) -> None:
     """Print the table, the front over LUTs and the break-even; ``report`` becomes a picture of it.
 
-    The score is the share of the float model's output that is kept, on ``data``.
+    ``target`` is built and called with inputs of ``shapes``. The score is the share of the float model's output that is
+    kept, on ``data``.
     """
+    from hasten.cli.measure import build, calibration_inputs, examples, taken
     from hasten.cli.progress import stages
     from hasten.compress.quantize.explore import formats
+    from hasten.files import check_place
     from hasten.measure.fpga import Fpga
     from hasten.tune.model import fidelity
 
-    judged = data or calibration or [example]
+    tried = widths_of(widths)
+    if report is not None:
+        check_place(report)  # not after minutes of work
+    module, example = build(target), examples(shapes, dtype, "cpu")
+    module = taken(target, module, example)
+    learned, judged = (None if f is None else calibration_inputs(f, example) for f in (calibration, data))
+    judged = judged or learned or [example]
     with stages(console) as told:
         found = formats(
-            module, calibration or [example], lambda small: fidelity(module, small, judged), bits=widths,
+            module, learned or [example], lambda small: fidelity(module, small, judged), bits=tried,
             cost=Fpga.load(), progress=told,
         )  # fmt: skip
     flip = found.break_even()

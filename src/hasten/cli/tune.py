@@ -80,27 +80,20 @@ def tune(
     from rich.markup import escape
 
     from hasten.budget import SLO, parse_quantity
-    from hasten.cli.measure import build, calibration_inputs, examples, moved, taken
     from hasten.cli.progress import stages
-    from hasten.compress import Recipe
     from hasten.errors import ConfigurationError
     from hasten.files import check_place
 
     console = Console(stderr=json)
     limit = parse_quantity(time_limit, "time")
     if formats is not None:
-        from hasten.cli.formats import show_formats, widths_of
+        from hasten.cli.formats import compare_formats
 
-        widths = widths_of(formats)
         if budget is not None or slo is not None or device not in ("cpu", "fpga"):
             raise ConfigurationError("--formats compares number formats for an FPGA; leave out --budget, --slo, a GPU")
-        if report is not None:
-            check_place(report, folder=False)
-        module, example = build(model), examples(input_shape, input_dtype, "cpu")
-        module = taken(model, module, example)
-        learned, judged = (None if f is None else calibration_inputs(f, example) for f in (calibration, data))
-        show_formats(
-            console, module, example, widths, calibration=learned, data=judged, report=report, json=json
+        compare_formats(
+            console, model, formats, input_shape, input_dtype, calibration=calibration, data=data, report=report,
+            json=json,
         )  # fmt: skip
         return
     if (budget is None) == (slo is None):
@@ -115,16 +108,9 @@ def tune(
     result: Any
     with stages(console) as told:
         if budget is not None:
-            from hasten.tune.model import tune as tune_module
-
-            module = moved(build(model), device)
-            example = examples(input_shape, input_dtype, device)
-            module = taken(model, module, example)
-            result = tune_module(
-                module, [example] if data is None else _judged(data, calibration_inputs(data, example), example),
-                budget, storage=storage, time_limit=limit, power=power, progress=told,
-                recipes=[Recipe.load(path) for path in also or []],
-                calibration=None if calibration is None else calibration_inputs(calibration, example),
+            result = _of_module(
+                model, input_shape, input_dtype, device, data, calibration, also or [],
+                budget=budget, storage=storage, time_limit=limit, power=power, progress=told,
             )  # fmt: skip
             page = None
         else:
@@ -166,6 +152,22 @@ def tune(
         return
     _show(console, result)
     console.print(f"[bold]{escape(result.verdict())}[/]")
+
+
+def _of_module(
+    target: str, shapes: list[str] | None, dtype: str, device: str, data: Path | None, calibration: Path | None,
+    also: list[Path], **search: Any,
+) -> Any:  # fmt: skip
+    """The search for a module, whose inputs and recipes are read from files."""
+    from hasten.cli.measure import build, calibration_inputs, examples, moved, taken
+    from hasten.compress import Recipe
+    from hasten.tune.model import tune as tune_module
+
+    module, example = moved(build(target), device), examples(shapes, dtype, device)
+    module = taken(target, module, example)
+    judged = [example] if data is None else _judged(data, calibration_inputs(data, example), example)
+    learned = None if calibration is None else calibration_inputs(calibration, example)
+    return tune_module(module, judged, recipes=[Recipe.load(path) for path in also], calibration=learned, **search)
 
 
 def _show(console: Any, result: Any) -> None:

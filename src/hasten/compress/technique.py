@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -131,6 +132,8 @@ _MODULES = {
     "truncated-svd": "hasten.compress.lowrank.truncated",
 }
 """Where a technique is defined, in this room or in one above; a recipe that names it imports it."""
+_LOOKED: ContextVar[bool] = ContextVar("looked", default=False)
+"""whether a technique is at work, whose arguments were looked at"""
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -148,13 +151,17 @@ def register(cls: _T) -> _T:
 def _guarded(method: Callable[..., nn.Module], place: int) -> Callable[..., nn.Module]:
     """The method behind the checks of :mod:`given`; ``place`` of the calibration among the arguments after the model.
 
-    Where it fails otherwise than on purpose, and the model does not take an example, that is what is said.
+    Where it fails otherwise than on purpose, and the model does not take an example, that is what is said. The
+    outermost call looks; what it calls in turn is given what was looked at.
     """
 
     @functools.wraps(method)
     def run(self: Any, model: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
+        if _LOOKED.get():
+            return method(self, model, *arguments, **named)
         calibration = named.get("calibration", arguments[place] if len(arguments) > place else None)
         fitting(self.name, model, calibration)
+        before = _LOOKED.set(True)
         try:
             return method(self, model, *arguments, **named)
         except HastenError:
@@ -162,6 +169,8 @@ def _guarded(method: Callable[..., nn.Module], place: int) -> Callable[..., nn.M
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             unfit(model, calibration, error)
             raise
+        finally:
+            _LOOKED.reset(before)
 
     return run
 

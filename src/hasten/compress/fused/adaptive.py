@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from hasten.compress.fused.lines import unary
+from hasten.compress.fused.lines import UNARY, unary
 from hasten.compress.fused.products import product
 from hasten.nn.bfloat import FAST
 from hasten.nn.product.blocks import PANEL
@@ -26,7 +26,7 @@ TOKENS = 256
 """Rows that are sorted and computed at a time."""
 GATES = 3
 """Matrices of a gate, before those of the learners."""
-_RELU = 1
+_RELU = UNARY.index("relu")
 
 
 @njit(cache=True)
